@@ -1,0 +1,222 @@
+"""Request: what the scheduler knows of one sequence, and the messages that bring it in (vLLM: `v1/request.py`)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, overload
+
+from folovllm.sampling_params import SamplingParams
+
+
+class FinishReason(IntEnum):
+    """Why a request ended, as clients see it; `str()` gives OpenAI's word."""
+
+    STOP = 0
+    """End-of-sequence token, stop token or stop string."""
+    LENGTH = 1
+    """max_tokens or max_model_len reached."""
+    ABORT = 2
+    """Ended from outside, or could not go on."""
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+class RequestStatus(IntEnum):
+    """Where a request stands. Everything after PREEMPTED is finished."""
+
+    WAITING = 0
+    RUNNING = 1
+    PREEMPTED = 2
+    FINISHED_STOPPED = 3
+    FINISHED_LENGTH_CAPPED = 4
+    FINISHED_ABORTED = 5
+    FINISHED_IGNORED = 6
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __format__(self, spec: str) -> str:
+        return format(self.name, spec)
+
+    @staticmethod
+    def is_finished(status: RequestStatus) -> bool:
+        """Return whether `status` is final."""
+        return status > RequestStatus.PREEMPTED
+
+    @staticmethod
+    def get_finished_reason(status: RequestStatus) -> FinishReason | None:
+        """Return what the client is told about `status`; None while unfinished."""
+        return _FINISH_REASONS.get(status)
+
+
+_FINISH_REASONS = {
+    RequestStatus.FINISHED_STOPPED: FinishReason.STOP,
+    RequestStatus.FINISHED_LENGTH_CAPPED: FinishReason.LENGTH,
+    RequestStatus.FINISHED_ABORTED: FinishReason.ABORT,
+    RequestStatus.FINISHED_IGNORED: FinishReason.LENGTH,
+}
+
+
+@dataclass
+class EngineCoreRequest:
+    """A checked request on its way from the Processor to the EngineCore (vLLM: `v1/engine/__init__.py`)."""
+
+    request_id: str
+    """Unique inside the engine."""
+    prompt_token_ids: list[int]
+    """At least one id, all inside the vocabulary."""
+    sampling_params: SamplingParams
+    """With every derived field filled in and a seed chosen."""
+    arrival_time: float
+    """Seconds, `time.time()`."""
+    external_req_id: str | None = None
+    """The id the client used; None means request_id (they differ for the samples of n > 1)."""
+    priority: int = 0
+    """Smaller runs first under the priority policy."""
+    cache_salt: str | None = None
+    """Requests share cached blocks only with requests of the same salt."""
+
+
+class ConstantList(Sequence[int]):
+    """A read-only view of a list: Request hands these out, and alone appends (vLLM: `v1/utils.py`)."""
+
+    __slots__ = ("_list",)
+
+    def __init__(self, values: list[int]) -> None:
+        self._list = values
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        return self._list[index]
+
+    def __len__(self) -> int:
+        return len(self._list)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._list)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, ConstantList):
+            return self._list == other._list
+        return self._list == other if isinstance(other, list) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"ConstantList({self._list!r})"
+
+    def copy(self) -> list[int]:
+        """Return the content as a new list."""
+        return self._list.copy()
+
+
+class Request:
+    """One sequence in the scheduler: its tokens, its progress, its block hashes.
+
+    `num_computed_tokens` chases `num_tokens`; that difference is all the scheduler needs to know. Equality and hash are
+    identity's. Only the scheduler changes a Request.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling_params: SamplingParams,
+        pooling_params: None = None,
+        arrival_time: float | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        block_hasher: Callable[[Request], list[Any]] | None = None,
+    ) -> None:
+        """`block_hasher` gives the hashes of full blocks not hashed yet; None leaves `block_hashes` empty.
+
+        `pooling_params` must be None: FoloVLLM generates text only.
+        """
+        if pooling_params is not None:
+            raise ValueError("pooling_params is not supported: FoloVLLM generates text only; leave it None.")
+        self.request_id = request_id
+        self.sampling_params = sampling_params
+        self.pooling_params = None
+        self.arrival_time = time.time() if arrival_time is None else arrival_time
+        self.priority = priority
+        self.cache_salt = cache_salt
+        self.status = RequestStatus.WAITING
+        self.stop_reason: int | str | None = None
+        # None: bounded by max_model_len alone, which check_stop tests too.
+        self.max_tokens: int | None = sampling_params.max_tokens
+        self.prompt_token_ids = prompt_token_ids
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self._output_token_ids: list[int] = []
+        self._all_token_ids: list[int] = list(prompt_token_ids)
+        self.output_token_ids = ConstantList(self._output_token_ids)
+        self.all_token_ids = ConstantList(self._all_token_ids)
+        self.num_computed_tokens = 0
+        # Tokens taken from the prefix cache at first admission; -1 until then.
+        self.num_cached_tokens = -1
+        self.num_preemptions = 0
+        self.block_hashes: list[Any] = []
+        self._block_hasher = block_hasher
+        if block_hasher is not None:
+            self.block_hashes = block_hasher(self)
+
+    @classmethod
+    def from_engine_core_request(
+        cls, request: EngineCoreRequest, block_hasher: Callable[[Request], list[Any]] | None
+    ) -> Request:
+        """Return the scheduler's Request for a message from the Processor."""
+        return cls(
+            request_id=request.request_id,
+            prompt_token_ids=request.prompt_token_ids,
+            sampling_params=request.sampling_params,
+            arrival_time=request.arrival_time,
+            priority=request.priority,
+            cache_salt=request.cache_salt,
+            block_hasher=block_hasher,
+        )
+
+    def append_output_token_ids(self, token_ids: int | list[int]) -> None:
+        """Append sampled token(s), then the hash of every block they complete."""
+        if isinstance(token_ids, int):
+            self._output_token_ids.append(token_ids)
+            self._all_token_ids.append(token_ids)
+        else:
+            self._output_token_ids.extend(token_ids)
+            self._all_token_ids.extend(token_ids)
+        if self._block_hasher is not None:
+            self.block_hashes.extend(self._block_hasher(self))
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt plus output tokens."""
+        return len(self._all_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Output tokens so far."""
+        return len(self._output_token_ids)
+
+    def is_finished(self) -> bool:
+        """Return whether the status is final."""
+        return RequestStatus.is_finished(self.status)
+
+    def get_finished_reason(self) -> FinishReason | None:
+        """Return why the request ended; None while unfinished."""
+        return RequestStatus.get_finished_reason(self.status)
+
+    def __lt__(self, other: Request) -> bool:
+        """Order of the priority policy: (priority, arrival_time, request_id), smaller first."""
+        return (self.priority, self.arrival_time, self.request_id) < (
+            other.priority,
+            other.arrival_time,
+            other.request_id,
+        )
+
+    def __repr__(self) -> str:
+        return f"Request({self.request_id!r}, {self.status}, {self.num_computed_tokens}/{self.num_tokens} tokens)"
