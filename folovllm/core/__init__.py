@@ -1,0 +1,1 @@
+"""The torch-free core: scheduler and KV cache bookkeeping (vLLM: `v1/core/`)."""

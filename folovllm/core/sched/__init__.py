@@ -1,0 +1,1 @@
+"""The scheduler: what each step of the engine computes (vLLM: `v1/core/sched/`)."""
