@@ -1,0 +1,1 @@
+"""folovllm/attention/backends."""

@@ -1,0 +1,37 @@
+"""Executor: how the engine core reaches the devices (vLLM: `v1/executor/abstract.py`)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from folovllm.kv_cache_interface import FullAttentionSpec, KVCacheConfig
+from folovllm.outputs import ModelRunnerOutput
+from folovllm.worker.worker_base import StartupInfo
+
+
+class Executor(ABC):
+    """Runs a step on every worker. Lists have one entry per worker."""
+
+    @abstractmethod
+    def get_kv_cache_specs(self) -> list[dict[str, FullAttentionSpec]]:
+        """Return layer name -> cache spec."""
+
+    @abstractmethod
+    def determine_available_memory(self) -> list[int]:
+        """Return the bytes that the KV cache may take; call once, before initialize_from_config."""
+
+    @abstractmethod
+    def initialize_from_config(self, kv_cache_configs: list[KVCacheConfig]) -> None:
+        """Allocate the KV cache; raises ValueError if the memory is not there."""
+
+    @abstractmethod
+    def execute_model(self, scheduler_output: object) -> ModelRunnerOutput:
+        """Run one step: a core.sched.output.SchedulerOutput in, sampled tokens out."""
+
+    @abstractmethod
+    def get_startup_info(self) -> StartupInfo:
+        """Return what is known of device, dtype, backend, memory and times."""
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Free what the workers hold; the executor is unusable afterwards."""

@@ -1,0 +1,54 @@
+"""The seam between layers and number formats: a layer owns a quant method, and models never mention one.
+
+vLLM: `model_executor/layers/quantization/base_config.py`. A method makes a layer's parameters, may repack them once
+they are loaded, and multiplies with them. A quantization format adds a QuantizationConfig here and its method
+beside it; the layers do not change.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class LinearMethodBase(ABC):
+    """How a linear layer stores its weight and multiplies with it."""
+
+    @abstractmethod
+    def create_weights(self, layer: nn.Module, input_size: int, output_size: int) -> None:
+        """Register the layer's parameters, in the current default dtype and device."""
+
+    @abstractmethod
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Repack the parameters for speed; called once, after every weight is loaded."""
+
+    @abstractmethod
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Return x @ weight^T + bias, [T, output_size], for x [T, input_size]."""
+
+
+class QuantizationConfig(ABC):
+    """One format, as a checkpoint's config describes it."""
+
+    @abstractmethod
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase:
+        """Return the method for the layer called `prefix`."""
+
+
+def get_quantization_config(hf_config: dict[str, Any]) -> QuantizationConfig | None:
+    """Return the format that `hf_config` asks for; None for plain weights.
+
+    Raises:
+        ValueError: the checkpoint is quantized in a way that cannot be run.
+    """
+    config = hf_config.get("quantization_config")
+    if config is None:
+        return None
+    method = config.get("quant_method") if isinstance(config, dict) else config
+    raise ValueError(
+        f"quantization_config: quant_method={method!r} cannot be run yet; use an unquantized checkpoint "
+        "(safetensors in float32, float16 or bfloat16) or a GGUF file, whose weights are dequantized at load."
+    )

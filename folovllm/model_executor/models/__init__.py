@@ -1,0 +1,1 @@
+"""folovllm/model_executor/models."""

@@ -1,0 +1,49 @@
+"""GPUWorker: a CUDA device (vLLM: `v1/worker/gpu_worker.py`)."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+from folovllm.utils.common import GiB
+from folovllm.worker.worker_base import WorkerBase
+
+
+class GPUWorker(WorkerBase):
+    """Runs the model on one CUDA GPU."""
+
+    def describe_device(self) -> str:
+        """See WorkerBase."""
+        return f"{self.device} ({torch.cuda.get_device_name(self.device)})"
+
+    def determine_available_memory(self) -> int:
+        """Return what is left of gpu_memory_utilization after weights and the largest step's activations.
+
+        The largest step is run once to measure them. Other processes' memory counts as taken.
+
+        Raises:
+            ValueError: nothing is left.
+        """
+        cache_config = self.vllm_config.cache_config
+        if cache_config.kv_cache_memory_bytes is not None:
+            return cache_config.kv_cache_memory_bytes
+        with self.timed_phase("profile memory"):
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            self.model_runner.profile_run()
+            torch.cuda.synchronize(self.device)
+            activations = torch.cuda.max_memory_allocated(self.device) - before
+            gc.collect()
+            torch.cuda.empty_cache()
+            free, total = torch.cuda.mem_get_info(self.device)
+        available = int(total * cache_config.gpu_memory_utilization) - (total - free) - activations
+        if available <= 0:
+            raise ValueError(
+                f"gpu_memory_utilization={cache_config.gpu_memory_utilization} of {total / GiB:.1f} GiB leaves no room "
+                f"for the KV cache: {(total - free) / GiB:.1f} GiB are taken and a step needs "
+                f"{activations / GiB:.1f} GiB. Raise it, or lower max_num_batched_tokens."
+            )
+        return available

@@ -1,0 +1,346 @@
+"""ModelRunner: one step on the device, prepare -> forward -> sample (vLLM: `v1/worker/gpu_model_runner.py`).
+
+The scheduler sends only what changed; the runner keeps the rest per request (`requests`) and per slot of the
+persistent batch (`input_batch`). A step's tokens form one flat batch: request b's rows follow request b - 1's, without
+padding, whether it is prefilling, decoding or both.
+
+    requests      A (decode)   B (chunk of 3)        C (decode)
+    input_ids     a7         | b4     b5     b6    | c2            [T]
+    positions     7          | 4      5      6     | 2             [T]
+    slot_mapping  where each token's key and value go in the cache [T]
+    query_start_loc  0, 1, 4, 5                                    [B + 1]
+    seq_lens      8, 7, 3                                          [B]
+    rows for the LM head: 0, 3, 4 (the last of each request)       [B]
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from folovllm.attention.backends.abstract import AttentionBackend, AttentionMetadata
+from folovllm.config import VllmConfig
+from folovllm.kv_cache_interface import FullAttentionSpec, KVCacheConfig
+from folovllm.model_executor.layers.attention import Attention
+from folovllm.model_executor.layers.quantization import get_quantization_config
+from folovllm.model_executor.model_loader.build import get_model
+from folovllm.outputs import EMPTY_MODEL_RUNNER_OUTPUT, LogprobsTensors, ModelRunnerOutput
+from folovllm.sample.sampler import Sampler
+from folovllm.utils.common import cdiv
+from folovllm.worker.input_batch import CachedRequestState, InputBatch
+
+if TYPE_CHECKING:
+    from folovllm.core.sched.output import CachedRequestData, SchedulerOutput
+    from folovllm.model_executor.model_loader.source import ModelSource
+    from folovllm.model_executor.models.llama import LlamaForCausalLM
+
+PROMPT_LOGPROBS_ROWS = 256
+"""Prompt positions whose logits exist at once: [256, V] float32 is 155 MB for V = 152k."""
+
+
+class ModelRunner:
+    """Holds the model, the persistent batch and the KV cache of one device."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        attn_backend: type[AttentionBackend],
+    ) -> None:
+        """Allocates the host-side batch; the model comes with load_model, the cache with initialize_kv_cache."""
+        self.vllm_config = vllm_config
+        self.model_config = vllm_config.model_config
+        self.device = device
+        self.dtype = dtype
+        self.attn_backend = attn_backend
+        self.block_size = vllm_config.cache_config.block_size
+        assert self.model_config.max_model_len is not None
+        self.max_model_len = self.model_config.max_model_len
+        scheduler_config = vllm_config.scheduler_config
+        self.requests: dict[str, CachedRequestState] = {}
+        self.input_batch = InputBatch(
+            max_num_reqs=scheduler_config.max_num_seqs,
+            max_model_len=self.max_model_len,
+            max_num_batched_tokens=scheduler_config.max_num_batched_tokens,
+            device=device,
+            vocab_size=self.model_config.get_vocab_size(),
+            block_sizes=[self.block_size],
+        )
+        self.sampler = Sampler()
+        self.model: LlamaForCausalLM
+        self.kv_caches: dict[str, torch.Tensor] = {}
+        # Request id -> how many log probabilities per prompt token; entries leave once delivered.
+        self.num_prompt_logprobs: dict[str, int] = {}
+        self.prompt_logprobs_so_far: dict[str, list[LogprobsTensors]] = {}
+        self._arange = np.arange(max(scheduler_config.max_num_batched_tokens, scheduler_config.max_num_seqs + 1))
+
+    # Start-up.
+
+    def load_model(self, source: ModelSource, use_tqdm: bool) -> int:
+        """Build the model, fill and repack its weights; return the bytes they take."""
+        quant_config = get_quantization_config(source.hf_config())
+        self.model = get_model(
+            self.model_config, source, self.attn_backend, quant_config, self.dtype, self.device, use_tqdm
+        )
+        tensors = {t.data_ptr(): t for t in self.model.state_dict().values() if not t.is_mkldnn}
+        packed = [t for t in self.model.state_dict().values() if t.is_mkldnn]
+        return sum(t.numel() * t.element_size() for t in [*tensors.values(), *packed])
+
+    def _attention_layers(self) -> dict[str, Attention]:
+        return {m.layer_name: m for m in self.model.modules() if isinstance(m, Attention)}
+
+    def get_kv_cache_spec(self) -> dict[str, FullAttentionSpec]:
+        """Return layer name -> what its cache looks like."""
+        return {
+            name: FullAttentionSpec(self.block_size, layer.num_kv_heads, layer.head_size, self.dtype)
+            for name, layer in self._attention_layers().items()
+        }
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig) -> int:
+        """Allocate one cache per layer and bind it; return the bytes taken.
+
+        Raises:
+            ValueError: the device has not that much memory.
+        """
+        num_bytes = 0
+        layers = self._attention_layers()
+        for group in kv_cache_config.kv_cache_groups:
+            spec = group.kv_cache_spec
+            shape = self.attn_backend.get_kv_cache_shape(
+                kv_cache_config.num_blocks, spec.block_size, spec.num_kv_heads, spec.head_size
+            )
+            for name in group.layer_names:
+                try:
+                    # Zeros, not garbage: masked scores must stay finite whatever an unused slot holds.
+                    cache = torch.zeros(shape, dtype=spec.dtype, device=self.device)
+                except (torch.OutOfMemoryError, RuntimeError) as error:
+                    total = kv_cache_config.num_blocks * spec.page_size_bytes * len(layers)
+                    raise ValueError(
+                        f"Not enough memory for a KV cache of {total / 2**30:.2f} GiB: {error}. Lower "
+                        "kv_cache_memory_bytes, gpu_memory_utilization or max_model_len."
+                    ) from error
+                layers[name].kv_cache = self.kv_caches[name] = cache
+                num_bytes += cache.numel() * cache.element_size()
+        return num_bytes
+
+    @torch.inference_mode()
+    def profile_run(self) -> None:
+        """Run the largest step on a scratch cache: a longest prefill, and logits for max_num_seqs requests."""
+        scheduler_config = self.vllm_config.scheduler_config
+        num_tokens = min(scheduler_config.max_num_batched_tokens, self.max_model_len)
+        spec = next(iter(self.get_kv_cache_spec().values()))
+        num_blocks = cdiv(num_tokens, spec.block_size)
+        shape = self.attn_backend.get_kv_cache_shape(num_blocks, spec.block_size, spec.num_kv_heads, spec.head_size)
+        scratch = torch.zeros(shape, dtype=spec.dtype, device=self.device)
+        layers = self._attention_layers().values()
+        for layer in layers:
+            layer.kv_cache = scratch
+        indices = torch.arange(num_tokens, device=self.device)
+        metadata = AttentionMetadata(
+            num_actual_tokens=num_tokens,
+            num_reqs=1,
+            max_query_len=num_tokens,
+            max_seq_len=num_tokens,
+            query_start_loc=torch.tensor([0, num_tokens], dtype=torch.int32, device=self.device),
+            seq_lens=torch.tensor([num_tokens], dtype=torch.int32, device=self.device),
+            block_table=torch.arange(num_blocks, dtype=torch.int32, device=self.device).unsqueeze(0),
+            slot_mapping=indices,
+            query_start_loc_cpu=[0, num_tokens],
+            seq_lens_cpu=[num_tokens],
+        )
+        metadata = self.attn_backend.build_metadata(metadata, self.block_size, self.dtype)
+        hidden = self.model(indices % self.model_config.get_vocab_size(), indices, metadata)
+        logits = self.model.compute_logits(hidden[: scheduler_config.max_num_seqs])
+        logits.softmax(dim=-1)
+        for layer in layers:
+            layer.kv_cache = torch.empty(0)
+
+    # A step.
+
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
+        """Run one step and return its tokens."""
+        self._update_states(scheduler_output)
+        if scheduler_output.total_num_scheduled_tokens == 0:
+            return EMPTY_MODEL_RUNNER_OUTPUT
+        num_scheduled = self._scheduled_per_slot(scheduler_output)
+        input_ids, positions, metadata = self._prepare_inputs(num_scheduled)
+        hidden = self.model(input_ids, positions, metadata)
+        prompt_logprobs = self._gather_prompt_logprobs(hidden, num_scheduled, metadata)
+        logits = self.model.compute_logits(hidden[metadata.query_start_loc[1:].long() - 1])
+        return self._sample(logits, num_scheduled, metadata, prompt_logprobs)
+
+    def _update_states(self, scheduler_output: SchedulerOutput) -> None:
+        """Apply the scheduler's deltas to `requests` and to the slots of the persistent batch."""
+        batch = self.input_batch
+        for req_id in scheduler_output.finished_req_ids:
+            self.requests.pop(req_id, None)
+            self.num_prompt_logprobs.pop(req_id, None)
+            self.prompt_logprobs_so_far.pop(req_id, None)
+            batch.remove_request(req_id)
+        # Requests that sit this step out (preempted, or no budget left) leave their slot but keep their state.
+        for req_id in [r for r in batch.req_id_to_index if r not in scheduler_output.num_scheduled_tokens]:
+            batch.remove_request(req_id)
+        to_add: list[CachedRequestState] = []
+        for new in scheduler_output.scheduled_new_reqs:
+            state = CachedRequestState(
+                req_id=new.req_id,
+                prompt_token_ids=new.prompt_token_ids,
+                sampling_params=new.sampling_params,
+                block_ids=new.block_ids,
+                generator=None,
+                num_computed_tokens=new.num_computed_tokens,
+                output_token_ids=[],
+            )
+            self.requests[new.req_id] = state
+            wanted = new.sampling_params.prompt_logprobs
+            if wanted is not None:
+                self.num_prompt_logprobs[new.req_id] = self.model_config.get_vocab_size() if wanted == -1 else wanted
+                self.prompt_logprobs_so_far[new.req_id] = []
+            to_add.append(state)
+        to_add.extend(self._update_cached(scheduler_output.scheduled_cached_reqs))
+        for state in to_add:
+            batch.add_request(state)
+        batch.condense()
+        batch.refresh_metadata()
+
+    def _update_cached(self, cached: CachedRequestData) -> list[CachedRequestState]:
+        """Update requests that ran before; return those that need a slot again."""
+        batch = self.input_batch
+        to_add = []
+        for i, req_id in enumerate(cached.req_ids):
+            state = self.requests[req_id]
+            state.num_computed_tokens = cached.num_computed_tokens[i]
+            new_block_ids = cached.new_block_ids[i]
+            index = batch.req_id_to_index.get(req_id)
+            if req_id in cached.resumed_req_ids:
+                assert new_block_ids is not None
+                state.block_ids = new_block_ids
+                # Log probabilities of a prompt that was cut short start over with it.
+                if req_id in self.prompt_logprobs_so_far:
+                    self.prompt_logprobs_so_far[req_id] = []
+            elif new_block_ids is not None:
+                for held, new in zip(state.block_ids, new_block_ids, strict=True):
+                    held.extend(new)
+                if index is not None:
+                    batch.block_table.append_row(new_block_ids[0], index)
+            if index is None:
+                to_add.append(state)
+            else:
+                batch.num_computed_tokens_cpu[index] = state.num_computed_tokens
+        return to_add
+
+    def _scheduled_per_slot(self, scheduler_output: SchedulerOutput) -> np.ndarray:
+        """Return tokens of this step per slot, [B] int64."""
+        scheduled = scheduler_output.num_scheduled_tokens
+        return np.array([scheduled[req_id] for req_id in self.input_batch.req_ids], dtype=np.int64)
+
+    def _prepare_inputs(self, num_scheduled: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, AttentionMetadata]:
+        """Build the flat batch drawn at the top of this file; vectorised, no loop over requests or tokens."""
+        batch = self.input_batch
+        num_reqs = len(num_scheduled)
+        query_start_loc = np.zeros(num_reqs + 1, dtype=np.int32)
+        np.cumsum(num_scheduled, out=query_start_loc[1:])
+        num_tokens = int(query_start_loc[-1])
+        req_indices = np.repeat(self._arange[:num_reqs], num_scheduled)  # [T]
+        num_computed = batch.num_computed_tokens_cpu[:num_reqs]
+        first_rows = query_start_loc[:-1]
+        positions = self._arange[:num_tokens] + (num_computed - first_rows)[req_indices]  # [T]
+        input_ids = batch.token_ids_cpu[req_indices, positions]
+        batch.block_table.compute_slot_mapping(req_indices, positions)
+        batch.block_table.commit(num_reqs)
+        seq_lens = (num_computed + num_scheduled).astype(np.int32)
+        metadata = AttentionMetadata(
+            num_actual_tokens=num_tokens,
+            num_reqs=num_reqs,
+            max_query_len=int(num_scheduled.max()),
+            max_seq_len=int(seq_lens.max()),
+            query_start_loc=self._to_device(query_start_loc),
+            seq_lens=self._to_device(seq_lens),
+            block_table=batch.block_table.get_device_tensor(num_reqs),
+            slot_mapping=self._to_device(batch.block_table.slot_mapping_np[:num_tokens]),
+            query_start_loc_cpu=query_start_loc.tolist(),
+            seq_lens_cpu=seq_lens.tolist(),
+        )
+        metadata = self.attn_backend.build_metadata(metadata, self.block_size, self.dtype)
+        return self._to_device(input_ids), self._to_device(positions.astype(np.int64)), metadata
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+    def _gather_prompt_logprobs(
+        self, hidden: torch.Tensor, num_scheduled: np.ndarray, metadata: AttentionMetadata
+    ) -> dict[str, LogprobsTensors | None]:
+        """Return log probabilities of the prompts that this step completes, collected over their chunks.
+
+        The row at position p predicts token p + 1, so a prompt of n tokens has n - 1 of them.
+        """
+        done: dict[str, LogprobsTensors | None] = {}
+        for req_id, num_logprobs in list(self.num_prompt_logprobs.items()):
+            index = self.input_batch.req_id_to_index.get(req_id)
+            if index is None:
+                continue
+            state = self.requests[req_id]
+            prompt = state.prompt_token_ids
+            start = state.num_computed_tokens
+            stop = min(start + int(num_scheduled[index]), len(prompt) - 1)
+            first_row = metadata.query_start_loc_cpu[index]
+            chunks = self.prompt_logprobs_so_far[req_id]
+            for p in range(start, stop, PROMPT_LOGPROBS_ROWS):
+                end = min(p + PROMPT_LOGPROBS_ROWS, stop)
+                logits = self.model.compute_logits(hidden[first_row + p - start : first_row + end - start])
+                targets = torch.tensor(prompt[p + 1 : end + 1], device=self.device)
+                logprobs = self.sampler.compute_logprobs(logits)
+                gathered = self.sampler.gather_logprobs(logprobs, num_logprobs, targets)
+                chunks.append(LogprobsTensors(*(t.cpu() for t in gathered[:3])))
+            if start + int(num_scheduled[index]) >= len(prompt):
+                done[req_id] = _concatenate(chunks, num_logprobs)
+                del self.num_prompt_logprobs[req_id], self.prompt_logprobs_so_far[req_id]
+        return done
+
+    def _sample(
+        self,
+        logits: torch.Tensor,
+        num_scheduled: np.ndarray,
+        metadata: AttentionMetadata,
+        prompt_logprobs: dict[str, LogprobsTensors | None],
+    ) -> ModelRunnerOutput:
+        """Draw a token per slot, keep those of requests whose tokens are all computed, and record them."""
+        batch = self.input_batch
+        sampling_metadata = batch.sampling_metadata
+        # The token drawn now comes after seq_len others; its noise depends on that position alone.
+        sampling_metadata.positions = metadata.seq_lens.long()
+        output = self.sampler(logits, sampling_metadata)
+        sampled = output.sampled_token_ids.view(-1).cpu().numpy()  # waits for the device
+        num_reqs = len(num_scheduled)
+        seq_lens = batch.num_computed_tokens_cpu[:num_reqs] + num_scheduled
+        complete = np.flatnonzero(seq_lens >= batch.num_tokens[:num_reqs])
+        batch.record_sampled_tokens(complete, sampled[complete])
+        token_lists: list[list[int]] = [[] for _ in range(num_reqs)]
+        for index, token_id in zip(complete.tolist(), sampled[complete].tolist(), strict=True):
+            token_lists[index] = [token_id]
+        return ModelRunnerOutput(
+            req_ids=list(batch.req_ids),
+            req_id_to_index=dict(batch.req_id_to_index),
+            sampled_token_ids=token_lists,
+            logprobs=None if output.logprobs_tensors is None else output.logprobs_tensors.tolists(),
+            prompt_logprobs_dict=prompt_logprobs,
+        )
+
+
+def _concatenate(chunks: list[LogprobsTensors], num_logprobs: int) -> LogprobsTensors:
+    """Join the chunks of one prompt; a prompt of one token has none."""
+    if not chunks:
+        return LogprobsTensors(
+            torch.empty((0, num_logprobs + 1), dtype=torch.int64),
+            torch.empty((0, num_logprobs + 1), dtype=torch.float32),
+            torch.empty(0, dtype=torch.int64),
+        )
+    return LogprobsTensors(
+        torch.cat([c.logprob_token_ids for c in chunks]),
+        torch.cat([c.logprobs for c in chunks]),
+        torch.cat([c.selected_token_ranks for c in chunks]),
+    )
