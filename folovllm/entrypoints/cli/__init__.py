@@ -1,0 +1,1 @@
+"""The command `folovllm`: main.py finds the subcommand, generate.py and chat.py are the subcommands."""
