@@ -178,7 +178,7 @@ class PagedImpl(AttentionImpl):
             keys, values = self._gather(kv_cache, group.block_ids, q.shape[0], group.seq_len)
             attended = self._attend(q.unsqueeze(2), keys, values, group.mask, causal=False).squeeze(2)
             if group.rows is None:
-                return attended.contiguous()
+                return attended
             out.index_copy_(0, group.rows, attended)
         for chunk in metadata.prefill_chunks:
             rows = slice(chunk.start, chunk.end)
@@ -198,12 +198,16 @@ class PagedImpl(AttentionImpl):
 
         Whole pages are copied; of a page longer than the context (a contiguous cache), only what is used.
         """
-        # Keys and values apart: torch's CUDA kernel for a gather along a middle dimension reads the whole cache.
-        keys, values = (
-            pool[:, :seq_len].index_select(0, block_ids).view(num_reqs, -1, self.num_kv_heads, self.head_size)
-            for pool in kv_cache
-        )
-        return keys[:, :seq_len].transpose(1, 2), values[:, :seq_len].transpose(1, 2)
+        if kv_cache.shape[2] > seq_len:
+            kv_cache = kv_cache[:, :, :seq_len]
+        if kv_cache.is_cuda:
+            # torch's CUDA kernel for a gather along a middle dimension reads the whole cache.
+            pages = torch.stack([pool.index_select(0, block_ids) for pool in kv_cache])
+        else:
+            pages = kv_cache.index_select(1, block_ids)
+        pages = pages.view(2, num_reqs, -1, self.num_kv_heads, self.head_size)
+        keys, values = pages.narrow(2, 0, seq_len).transpose(2, 3)
+        return keys, values
 
     def _attend(
         self,

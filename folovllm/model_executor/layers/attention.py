@@ -36,15 +36,6 @@ class Attention(nn.Module):
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_metadata: AttentionMetadata
     ) -> torch.Tensor:
-        """Return the attended values [T, H * D] for query [T, H * D], key and value [T, Hkv * D]."""
-        num_tokens = query.shape[0]
-        query = query.view(num_tokens, self.num_heads, self.head_size)
-        out = self.impl.forward(
-            query,
-            key.view(num_tokens, self.num_kv_heads, self.head_size),
-            value.view(num_tokens, self.num_kv_heads, self.head_size),
-            self.kv_cache,
-            attn_metadata,
-            torch.empty_like(query, memory_format=torch.contiguous_format),
-        )
-        return out.view(num_tokens, self.num_heads * self.head_size)
+        """Return the attended values [T, H * D] for query [T, H, D], key and value [T, Hkv, D]."""
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        return self.impl.forward(query, key, value, self.kv_cache, attn_metadata, out).flatten(1)

@@ -87,8 +87,7 @@ class RotaryEmbedding(nn.Module):
         cos, sin = self.cos_sin_cache[:, positions].unsqueeze(2)
         return cos, sin
 
-    def forward(self, cos: torch.Tensor, sin: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Return x [T, n * D], n heads, turned by its tokens' angles; cos and sin come from gather."""
-        heads = x.view(x.shape[0], -1, self.head_size)
+    def forward(self, cos: torch.Tensor, sin: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+        """Return `heads` [T, n, D], n heads, turned by their tokens' angles; cos and sin come from gather."""
         first, second = heads.chunk(2, dim=-1)
-        return torch.addcmul(heads * cos, torch.cat((second, first), dim=-1), sin).view(x.shape)
+        return torch.addcmul(heads * cos, torch.cat((second, first), dim=-1), sin)

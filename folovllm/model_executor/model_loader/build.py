@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from folovllm.model_executor.layers.layernorm import RMSNorm
 from folovllm.model_executor.layers.linear import LinearBase
 from folovllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from folovllm.model_executor.model_loader.loader import initialize_dummy_weights, load_weights
@@ -65,5 +66,5 @@ def process_weights_after_loading(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, LinearBase):
             module.quant_method.process_weights_after_loading(module)
-        elif isinstance(module, ParallelLMHead):
+        elif isinstance(module, (ParallelLMHead, RMSNorm)):
             module.process_weights_after_loading()

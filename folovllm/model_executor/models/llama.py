@@ -78,8 +78,9 @@ class LlamaAttention(nn.Module):
     ) -> None:
         """`rotary_emb` is shared by all layers."""
         super().__init__()
-        self.q_size = config.num_heads * config.head_size
-        self.kv_size = config.num_kv_heads * config.head_size
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_kv_heads
+        self.head_size = config.head_size
         self.qkv_proj = QKVParallelLinear(
             config.hidden_size,
             config.head_size,
@@ -90,7 +91,7 @@ class LlamaAttention(nn.Module):
             f"{prefix}.qkv_proj",
         )
         self.o_proj = RowParallelLinear(
-            self.q_size, config.hidden_size, config.o_bias, quant_config, f"{prefix}.o_proj"
+            config.num_heads * config.head_size, config.hidden_size, config.o_bias, quant_config, f"{prefix}.o_proj"
         )
         self.rotary_emb = rotary_emb
         self.attn = Attention(
@@ -102,16 +103,17 @@ class LlamaAttention(nn.Module):
             f"{prefix}.attn",
         )
 
-    def normalize_heads(self, qk: torch.Tensor) -> torch.Tensor:
-        """Return queries and keys [T, (H + Hkv) * D] as they go into the rotation: unchanged here."""
-        return qk
+    def normalize_heads(self, heads: torch.Tensor) -> torch.Tensor:
+        """Return query and key heads [T, H + Hkv, D] as they go into the rotation: unchanged here."""
+        return heads
 
     def forward(self, hidden: torch.Tensor, cos_sin: CosSin, attn_metadata: AttentionMetadata) -> torch.Tensor:
         """Return [T, E] for hidden [T, E]."""
-        qk, v = self.qkv_proj(hidden).split([self.q_size + self.kv_size, self.kv_size], dim=-1)
+        heads = self.qkv_proj(hidden).view(hidden.shape[0], -1, self.head_size)  # [T, H + 2 Hkv, D]
+        qk, v = heads.split_with_sizes((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
         # Queries and keys turn alike, so both are turned at once.
         qk = self.rotary_emb(*cos_sin, self.normalize_heads(qk))
-        q, k = qk.split([self.q_size, self.kv_size], dim=-1)
+        q, k = qk.split_with_sizes((self.num_heads, self.num_kv_heads), dim=1)
         out: torch.Tensor = self.o_proj(self.attn(q, k, v, attn_metadata))
         return out
 

@@ -34,15 +34,13 @@ class Qwen3Attention(LlamaAttention):
     ) -> None:
         """See LlamaAttention."""
         super().__init__(config, attn_backend, rotary_emb, quant_config, prefix)
-        self.head_size = config.head_size
         self.q_norm = RMSNorm(config.head_size, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_size, config.rms_norm_eps)
 
-    def normalize_heads(self, qk: torch.Tensor) -> torch.Tensor:
-        """Return [T, (H + Hkv) * D] with each head normalised over D, queries and keys with their own weights."""
-        heads = qk.view(qk.shape[0], -1, self.head_size)
-        queries, keys = heads.split([self.q_size // self.head_size, self.kv_size // self.head_size], dim=1)
-        return torch.cat((self.q_norm(queries), self.k_norm(keys)), dim=1).view(qk.shape)
+    def normalize_heads(self, heads: torch.Tensor) -> torch.Tensor:
+        """Return [T, H + Hkv, D] with each head normalised over D, queries and keys with their own weights."""
+        queries, keys = heads.split_with_sizes((self.num_heads, self.num_kv_heads), dim=1)
+        return torch.cat((self.q_norm(queries), self.k_norm(keys)), dim=1)
 
 
 class Qwen3ForCausalLM(LlamaForCausalLM):
