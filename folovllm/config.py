@@ -7,6 +7,7 @@ imports torch, so a scheduler can be configured and simulated without it.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,8 @@ class SchedulerConfig:
     """Split a prompt that exceeds what is left of the budget over several steps."""
     policy: str = "fcfs"
     """One of SCHEDULER_POLICIES."""
+    async_scheduling: bool | None = None
+    """Decide and launch a step before the tokens of the one before are known; None: on CUDA only."""
 
     def __post_init__(self) -> None:
         check_range("max_num_seqs", self.max_num_seqs, low=1)
@@ -266,6 +269,37 @@ class AttentionConfig:
 
 
 @dataclass
+class ObservabilityConfig:
+    """What the engine writes down about itself beside its log."""
+
+    step_trace_path: str | None = None
+    """File for the step trace (docs/step_trace.md), replaced if it exists; None means no trace."""
+
+    def __post_init__(self) -> None:
+        if self.step_trace_path is not None:
+            _check_writable("step_trace_path", self.step_trace_path)
+
+
+def _check_writable(field_name: str, path: str) -> None:
+    """Raise ValueError unless a regular file `path` can be written; leaves what is there as it is.
+
+    By opening it: permission bits say little about full, read-only or remote file systems.
+    """
+    existed = os.path.lexists(path)
+    try:
+        if existed and not os.path.isfile(path):
+            raise OSError("it exists and is no regular file")
+        with open(path, "ab"):
+            pass
+        if not existed:
+            os.remove(path)
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        raise ValueError(
+            f"{field_name}={path!r} cannot be written: {error}. Name a file in a folder that exists and is writable."
+        ) from error
+
+
+@dataclass
 class VllmConfig:
     """The whole configuration; the one object that travels through the engine."""
 
@@ -281,6 +315,8 @@ class VllmConfig:
     """Device kind."""
     attention_config: AttentionConfig = field(default_factory=AttentionConfig)
     """Attention backend."""
+    observability_config: ObservabilityConfig = field(default_factory=ObservabilityConfig)
+    """Step trace."""
 
     def __post_init__(self) -> None:
         if self.scheduler_config is None:

@@ -8,6 +8,7 @@ vLLM keeps these in `outputs.py`, `v1/outputs.py` and `v1/engine/__init__.py`. T
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +18,7 @@ from folovllm.request import EngineCoreRequest, FinishReason
 if TYPE_CHECKING:
     import torch
 
-    from folovllm.metrics.stats import RequestStateStats, SchedulerStats
+    from folovllm.metrics.stats import EngineCoreEvent, RequestStateStats, SchedulerStats
 
 __all__ = [
     "EMPTY_MODEL_RUNNER_OUTPUT",
@@ -30,6 +31,7 @@ __all__ = [
     "LogprobsLists",
     "LogprobsTensors",
     "ModelRunnerOutput",
+    "PendingOutput",
     "RequestOutput",
     "SamplerOutput",
 ]
@@ -102,6 +104,17 @@ class ModelRunnerOutput:
     """One row per entry of req_ids; None where no request asked."""
     prompt_logprobs_dict: dict[str, LogprobsTensors | None] = field(default_factory=dict)
     """Request id -> log probabilities of all its prompt tokens but the first, in the step that completes them."""
+    step_times: dict[str, float] | None = None
+    """Milliseconds inside the worker, for the step trace: prepare_ms, forward_ms and sample_ms by the wall clock,
+    prepare_cpu_ms, forward_cpu_ms and sample_cpu_ms of its thread; None where nobody asked."""
+
+
+class PendingOutput(ABC):
+    """A step that has been launched; its tokens are still on the device (vLLM: AsyncModelRunnerOutput)."""
+
+    @abstractmethod
+    def get_output(self) -> ModelRunnerOutput:
+        """Wait for the tokens and return them; later calls return the same object."""
 
 
 EMPTY_MODEL_RUNNER_OUTPUT = ModelRunnerOutput(req_ids=[], req_id_to_index={}, sampled_token_ids=[])
@@ -125,6 +138,8 @@ class EngineCoreOutput:
     """The stop token or string that ended it, where one did; an explanation for a request that could not go on."""
     num_cached_tokens: int = 0
     """Prompt tokens taken from the prefix cache."""
+    events: list[EngineCoreEvent] | None = None
+    """What the scheduler did with the request since its last output; None where log_stats is off, or nothing."""
 
     @property
     def finished(self) -> bool:

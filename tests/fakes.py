@@ -236,7 +236,9 @@ class FakeExecutor:
         """Note that it was called."""
         self.is_shut_down = True
 
-    def execute_model(self, scheduler_output: Any) -> ModelRunnerOutput:
+    prefers_async_scheduling = False
+
+    def execute_model(self, scheduler_output: Any, non_block: bool = False) -> ModelRunnerOutput:
         """Run one step."""
         if self.step_seconds:
             time.sleep(self.step_seconds)

@@ -16,6 +16,7 @@ from folovllm.config import (
     CacheConfig,
     DeviceConfig,
     ModelConfig,
+    ObservabilityConfig,
     ParallelConfig,
     SchedulerConfig,
     VllmConfig,
@@ -60,11 +61,13 @@ class EngineArgs:
     long_prefill_token_threshold: int = 0
     enable_chunked_prefill: bool = True
     scheduling_policy: str = "fcfs"
+    async_scheduling: bool | None = None
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     device: str = "auto"
     attention_backend: str = "auto"
     disable_log_stats: bool = True
+    step_trace_path: str | None = None
     use_tqdm_on_load: bool = True
 
     def resolve_model_source(self) -> ModelSource:
@@ -123,10 +126,12 @@ class EngineArgs:
                 long_prefill_token_threshold=self.long_prefill_token_threshold,
                 enable_chunked_prefill=self.enable_chunked_prefill,
                 policy=self.scheduling_policy,
+                async_scheduling=self.async_scheduling,
             ),
             parallel_config=ParallelConfig(self.tensor_parallel_size, self.pipeline_parallel_size),
             device_config=DeviceConfig(self.device),
             attention_config=AttentionConfig(self.attention_backend),
+            observability_config=ObservabilityConfig(self.step_trace_path),
         )
 
     def _max_num_batched_tokens(self, max_model_len: int) -> int:
@@ -141,9 +146,9 @@ class EngineArgs:
         """Add one flag per field, in vLLM's spelling (`--max-model-len`; `--no-...` for switches that are on)."""
         group = parser.add_argument_group("engine")
         for field in dataclasses.fields(EngineArgs):
-            flag = "--" + field.name.replace("_", "-")
-            kwargs: dict[str, Any] = {"default": field.default, "help": _HELP[field.name]}
-            if isinstance(field.default, bool):
+            flag = _FLAGS.get(field.name) or "--" + field.name.replace("_", "-")
+            kwargs: dict[str, Any] = {"dest": field.name, "default": field.default, "help": _HELP[field.name]}
+            if str(field.type).startswith("bool"):
                 kwargs["action"] = argparse.BooleanOptionalAction
             else:
                 kwargs["type"] = _cli_type(str(field.type))
@@ -163,6 +168,9 @@ class EngineArgs:
 def _cli_type(annotation: str) -> type:
     return {"int": int, "float": float, "str": str}[annotation.removesuffix(" | None")]
 
+
+_FLAGS: dict[str, str] = {"step_trace_path": "--step-trace"}
+"""Flags that are not their field's name."""
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "load_format": cfg.LOAD_FORMATS,
@@ -200,10 +208,12 @@ _HELP: dict[str, str] = {
     "long_prefill_token_threshold": "most tokens of a step that one prompt may take; 0: no limit",
     "enable_chunked_prefill": "split long prompts over steps",
     "scheduling_policy": "order of waiting requests",
+    "async_scheduling": "launch a step before the last one's tokens are known (default: on CUDA)",
     "tensor_parallel_size": "devices per layer; 1 for now",
     "pipeline_parallel_size": "devices along the layers; 1 for now",
     "device": "where to run",
     "attention_backend": "attention kernels",
     "disable_log_stats": "no statistics in outputs and log",
+    "step_trace_path": "write one JSON line per engine step into this file (docs/step_trace.md)",
     "use_tqdm_on_load": "progress bar while loading weights",
 }

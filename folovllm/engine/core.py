@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from folovllm.config import VllmConfig
 from folovllm.core.kv_cache_utils import get_kv_cache_configs, get_request_block_hasher, init_none_hash
+from folovllm.core.sched.async_scheduler import AsyncScheduler
+from folovllm.core.sched.output import SchedulerOutput
 from folovllm.core.sched.scheduler import Scheduler
 from folovllm.executor.abstract import Executor
-from folovllm.outputs import EngineCoreOutputs
+from folovllm.outputs import EngineCoreOutputs, ModelRunnerOutput, PendingOutput
 from folovllm.request import EngineCoreRequest, Request, RequestStatus
 from folovllm.utils.common import cdiv, get_hash_fn_by_name
 
@@ -31,9 +34,13 @@ class EngineCore:
         executor.initialize_from_config(kv_cache_configs)
         self.kv_cache_config = kv_cache_configs[0]
         cache_config = vllm_config.cache_config
-        self.scheduler = Scheduler(
+        overlap = vllm_config.scheduler_config.async_scheduling
+        self.async_scheduling = executor.prefers_async_scheduling if overlap is None else overlap
+        scheduler_cls = AsyncScheduler if self.async_scheduling else Scheduler
+        self.scheduler = scheduler_cls(
             vllm_config, self.kv_cache_config, block_size=cache_config.block_size, log_stats=log_stats
         )
+        self._in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput | PendingOutput]] = deque()
         self._block_hasher: Callable[[Request], list[Any]] | None = None
         if cache_config.enable_prefix_caching:
             hash_fn = get_hash_fn_by_name(cache_config.prefix_caching_hash_algo)
@@ -63,13 +70,30 @@ class EngineCore:
         self.scheduler.finish_requests(request_ids, RequestStatus.FINISHED_ABORTED)
 
     def step(self) -> EngineCoreOutputs:
-        """Run one step: what is scheduled, executed, and thereby finished."""
-        if not self.scheduler.has_requests():
+        """Run one step: schedule it, execute it, and return what it brought.
+
+        With async scheduling two steps are in flight: this call launches the next one, then waits for the one before
+        it, so that the device has work while the host updates and schedules.
+        """
+        depth = 2 if self.async_scheduling else 1
+        while len(self._in_flight) < depth and self.scheduler.has_requests():
+            scheduler_output = self.scheduler.schedule()
+            pending = self.executor.execute_model(scheduler_output, non_block=self.async_scheduling)
+            self._in_flight.append((scheduler_output, pending))
+            if scheduler_output.total_num_scheduled_tokens == 0:
+                break  # every request waits for a token in flight
+        outputs = self._update_oldest()
+        while self._in_flight and not self.scheduler.has_unfinished_requests():
+            self._update_oldest()  # a step launched for requests that have ended meanwhile: nobody waits for it
+        return outputs
+
+    def _update_oldest(self) -> EngineCoreOutputs:
+        """Wait for the oldest step in flight and let the scheduler take its tokens."""
+        if not self._in_flight:
             return EngineCoreOutputs(timestamp=time.monotonic())
-        scheduler_output = self.scheduler.schedule()
-        model_output = self.executor.execute_model(scheduler_output)
-        outputs = self.scheduler.update_from_output(scheduler_output, model_output)
-        return outputs.get(0) or EngineCoreOutputs(timestamp=time.monotonic())
+        scheduler_output, pending = self._in_flight.popleft()
+        model_output = pending.get_output() if isinstance(pending, PendingOutput) else pending
+        return self.scheduler.update_from_output(scheduler_output, model_output)[0]
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached blocks; False if requests still hold some."""

@@ -281,6 +281,8 @@ class OutputProcessor:
     ) -> None:
         """Process one request's output of a step; append to `result`."""
         if iteration_stats is not None and state.stats is not None:
+            if output.events is not None:
+                iteration_stats.update_from_events(output.events, state.stats)
             iteration_stats.update_from_output(
                 output, timestamp, state.is_prefilling, len(state.prompt_token_ids), state.stats
             )

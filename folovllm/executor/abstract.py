@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from folovllm.kv_cache_interface import FullAttentionSpec, KVCacheConfig
-from folovllm.outputs import ModelRunnerOutput
+from folovllm.outputs import ModelRunnerOutput, PendingOutput
 from folovllm.worker.worker_base import StartupInfo
 
 
@@ -25,8 +25,17 @@ class Executor(ABC):
         """Allocate the KV cache; raises ValueError if the memory is not there."""
 
     @abstractmethod
-    def execute_model(self, scheduler_output: object) -> ModelRunnerOutput:
-        """Run one step: a core.sched.output.SchedulerOutput in, sampled tokens out."""
+    def execute_model(self, scheduler_output: object, non_block: bool = False) -> ModelRunnerOutput | PendingOutput:
+        """Run one step: a core.sched.output.SchedulerOutput in, sampled tokens out.
+
+        With `non_block`, return as soon as the step is launched: PendingOutput.get_output() waits for its tokens.
+        The next step may be launched before that; outputs must be fetched in the order of the steps.
+        """
+
+    @property
+    def prefers_async_scheduling(self) -> bool:
+        """Whether overlapping steps pays on this device where the user leaves the choice."""
+        return False
 
     @abstractmethod
     def get_startup_info(self) -> StartupInfo:

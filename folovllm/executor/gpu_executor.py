@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from folovllm.config import VllmConfig
 from folovllm.executor.abstract import Executor
 from folovllm.kv_cache_interface import FullAttentionSpec, KVCacheConfig
-from folovllm.outputs import ModelRunnerOutput
+from folovllm.outputs import ModelRunnerOutput, PendingOutput
 from folovllm.worker.worker_base import StartupInfo, WorkerBase, resolve_device
 
 if TYPE_CHECKING:
@@ -37,9 +37,16 @@ class UniProcExecutor(Executor):
         """See Executor."""
         self.worker.initialize_from_config(kv_cache_configs[0])
 
-    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:  # type: ignore[override]
+    def execute_model(  # type: ignore[override]
+        self, scheduler_output: SchedulerOutput, non_block: bool = False
+    ) -> ModelRunnerOutput | PendingOutput:
         """See Executor."""
-        return self.worker.execute_model(scheduler_output)
+        return self.worker.execute_model(scheduler_output, non_block)
+
+    @property
+    def prefers_async_scheduling(self) -> bool:
+        """See Executor."""
+        return self.worker.device.type == "cuda"
 
     def get_startup_info(self) -> StartupInfo:
         """See Executor."""

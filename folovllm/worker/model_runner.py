@@ -15,6 +15,7 @@ padding, whether it is prefilling, decoding or both.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,10 +27,11 @@ from folovllm.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from folovllm.model_executor.layers.attention import Attention
 from folovllm.model_executor.layers.quantization import get_quantization_config
 from folovllm.model_executor.model_loader.build import get_model
-from folovllm.outputs import EMPTY_MODEL_RUNNER_OUTPUT, LogprobsTensors, ModelRunnerOutput
+from folovllm.outputs import LogprobsTensors, PendingOutput
 from folovllm.sample.sampler import Sampler
 from folovllm.utils.common import cdiv
 from folovllm.worker.input_batch import CachedRequestState, InputBatch
+from folovllm.worker.step_in_flight import NothingToCompute, StepInFlight
 
 if TYPE_CHECKING:
     from folovllm.core.sched.output import CachedRequestData, SchedulerOutput
@@ -75,6 +77,7 @@ class ModelRunner:
         # Request id -> how many log probabilities per prompt token; entries leave once delivered.
         self.num_prompt_logprobs: dict[str, int] = {}
         self.prompt_logprobs_so_far: dict[str, list[LogprobsTensors]] = {}
+        self.last_step: StepInFlight | None = None
         self._arange = np.arange(max(scheduler_config.max_num_batched_tokens, scheduler_config.max_num_seqs + 1))
 
     # Start-up.
@@ -114,8 +117,7 @@ class ModelRunner:
             )
             for name in group.layer_names:
                 try:
-                    # Zeros, not garbage: masked scores must stay finite whatever an unused slot holds.
-                    cache = torch.zeros(shape, dtype=spec.dtype, device=self.device)
+                    cache = self._zeros(shape, spec.dtype)
                 except (torch.OutOfMemoryError, RuntimeError) as error:
                     total = kv_cache_config.num_blocks * spec.page_size_bytes * len(layers)
                     raise ValueError(
@@ -125,6 +127,14 @@ class ModelRunner:
                 layers[name].kv_cache = self.kv_caches[name] = cache
                 num_bytes += cache.numel() * cache.element_size()
         return num_bytes
+
+    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return zeros, not garbage: masked scores must stay finite whatever an unused slot holds."""
+        if self.device.type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+        # Unlike torch.zeros, numpy leaves the pages untouched: memory is taken when a block is first used.
+        num_bytes = math.prod(shape) * dtype.itemsize
+        return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
 
     @torch.inference_mode()
     def profile_run(self) -> None:
@@ -161,11 +171,11 @@ class ModelRunner:
     # A step.
 
     @torch.inference_mode()
-    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
-        """Run one step and return its tokens."""
+    def execute_model(self, scheduler_output: SchedulerOutput) -> PendingOutput:
+        """Launch one step; it may be called again before the tokens of the step before have been fetched."""
         self._update_states(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens == 0:
-            return EMPTY_MODEL_RUNNER_OUTPUT
+            return NothingToCompute()
         num_scheduled = self._scheduled_per_slot(scheduler_output)
         input_ids, positions, metadata = self._prepare_inputs(num_scheduled)
         hidden = self.model(input_ids, positions, metadata)
@@ -266,7 +276,22 @@ class ModelRunner:
             seq_lens_cpu=seq_lens.tolist(),
         )
         metadata = self.attn_backend.build_metadata(metadata, self.block_size, self.dtype)
-        return self._to_device(input_ids), self._to_device(positions.astype(np.int64)), metadata
+        tokens = self._feed_sampled_tokens(self._to_device(input_ids), metadata)
+        return tokens, self._to_device(positions.astype(np.int64)), metadata
+
+    def _feed_sampled_tokens(self, input_ids: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+        """Put the tokens of a step in flight, which the host does not know, into the last row of their requests."""
+        last = self.last_step
+        if last is None or last.landed:
+            return input_ids
+        slots, rows = last.rows_for(self.input_batch.req_ids)
+        if len(slots) == metadata.num_actual_tokens and rows == list(range(len(last.sampled))):
+            return last.sampled  # nothing but decodes, and the same batch as before
+        if slots:
+            last_rows = torch.tensor([metadata.query_start_loc_cpu[slot + 1] - 1 for slot in slots])
+            sampled = last.sampled[torch.tensor(rows).to(self.device, non_blocking=True)]
+            input_ids[last_rows.to(self.device, non_blocking=True)] = sampled.to(input_ids.dtype)
+        return input_ids
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
@@ -307,28 +332,28 @@ class ModelRunner:
         num_scheduled: np.ndarray,
         metadata: AttentionMetadata,
         prompt_logprobs: dict[str, LogprobsTensors | None],
-    ) -> ModelRunnerOutput:
-        """Draw a token per slot, keep those of requests whose tokens are all computed, and record them."""
+    ) -> StepInFlight:
+        """Draw a token per slot; only those of requests whose tokens are all computed count."""
         batch = self.input_batch
         sampling_metadata = batch.sampling_metadata
+        if not sampling_metadata.no_penalties or sampling_metadata.bad_words_token_ids:
+            # These depend on what was generated so far, the newest token included: wait for it here, after the
+            # forward pass has been launched.
+            self._land_last_step()
         # The token drawn now comes after seq_len others; its noise depends on that position alone.
         sampling_metadata.positions = metadata.seq_lens.long()
         output = self.sampler(logits, sampling_metadata)
-        sampled = output.sampled_token_ids.view(-1).cpu().numpy()  # waits for the device
         num_reqs = len(num_scheduled)
         seq_lens = batch.num_computed_tokens_cpu[:num_reqs] + num_scheduled
         complete = np.flatnonzero(seq_lens >= batch.num_tokens[:num_reqs])
-        batch.record_sampled_tokens(complete, sampled[complete])
-        token_lists: list[list[int]] = [[] for _ in range(num_reqs)]
-        for index, token_id in zip(complete.tolist(), sampled[complete].tolist(), strict=True):
-            token_lists[index] = [token_id]
-        return ModelRunnerOutput(
-            req_ids=list(batch.req_ids),
-            req_id_to_index=dict(batch.req_id_to_index),
-            sampled_token_ids=token_lists,
-            logprobs=None if output.logprobs_tensors is None else output.logprobs_tensors.tolists(),
-            prompt_logprobs_dict=prompt_logprobs,
+        self.last_step = StepInFlight(
+            output.sampled_token_ids.view(-1), complete, batch, self.requests, output.logprobs_tensors, prompt_logprobs
         )
+        return self.last_step
+
+    def _land_last_step(self) -> None:
+        if self.last_step is not None:
+            self.last_step.get_output()
 
 
 def _concatenate(chunks: list[LogprobsTensors], num_logprobs: int) -> LogprobsTensors:

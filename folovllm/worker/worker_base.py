@@ -18,7 +18,7 @@ import torch
 from folovllm.attention.selector import select_attention_backend
 from folovllm.config import DeviceConfig, VllmConfig
 from folovllm.kv_cache_interface import FullAttentionSpec, KVCacheConfig
-from folovllm.outputs import ModelRunnerOutput
+from folovllm.outputs import ModelRunnerOutput, PendingOutput
 from folovllm.utils.common import init_logger
 from folovllm.worker.model_runner import ModelRunner
 
@@ -148,9 +148,12 @@ class WorkerBase(ABC):
         with self.timed_phase("allocate KV cache"):
             self.startup_info.kv_cache_bytes = self.model_runner.initialize_kv_cache(kv_cache_config)
 
-    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
-        """Run one step."""
-        return self.model_runner.execute_model(scheduler_output)
+    def execute_model(
+        self, scheduler_output: SchedulerOutput, non_block: bool = False
+    ) -> ModelRunnerOutput | PendingOutput:
+        """Run one step; with `non_block`, only launch it."""
+        pending = self.model_runner.execute_model(scheduler_output)
+        return pending if non_block else pending.get_output()
 
     def shutdown(self) -> None:
         """Drop model and cache."""

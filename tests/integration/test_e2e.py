@@ -10,6 +10,7 @@ import torch
 
 from folovllm import LLM, RequestOutputKind, SamplingParams
 from folovllm.model_executor.model_loader.named import fetch_named_model
+from folovllm.outputs import Logprob
 from tests.tiny_models import TINY_MODELS, VOCAB_SIZE, reference_greedy, save_tiny_model
 
 SMALL = {
@@ -75,8 +76,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"max_num_batched_tokens": 8},
         {"enable_prefix_caching": False},
         {"num_gpu_blocks_override": 17, "max_model_len": 160},
+        {"async_scheduling": True},
+        {"async_scheduling": True, "max_num_batched_tokens": 8},
+        {"async_scheduling": True, "num_gpu_blocks_override": 17, "max_model_len": 160},
     ],
-    ids=["one at a time", "contiguous", "block of 1", "chunks of 8", "no prefix cache", "preemption"],
+    ids=[
+        "one at a time",
+        "contiguous",
+        "block of 1",
+        "chunks of 8",
+        "no prefix cache",
+        "preemption",
+        "async",
+        "async, chunks of 8",
+        "async, preemption",
+    ],
 )
 def test_output_is_a_function_of_the_prompt_alone(engine_args: dict[str, int], tiny: Path) -> None:
     """Batching, block size, chunking, caching and preemption change no token, greedy or seeded."""
@@ -93,6 +107,50 @@ def test_output_is_a_function_of_the_prompt_alone(engine_args: dict[str, int], t
     assert [list(o.outputs[0].token_ids) for o in together] == [list(o.outputs[0].token_ids) for o in alone]
     if "num_gpu_blocks_override" in engine_args:
         assert llm.llm_engine.engine_core.engine_core.scheduler._num_preemptions > 0
+
+
+def logprob_values(entries: list[dict[int, Logprob] | None] | None) -> dict[tuple[int, int], float]:
+    """(position, token id) -> log probability."""
+    return {(i, k): v.logprob for i, entry in enumerate(entries or []) if entry for k, v in entry.items()}
+
+
+def test_async_scheduling_changes_nothing_but_the_order_of_work(tiny: Path) -> None:
+    """Penalties, which need the newest token, stop tokens, found one step late, logprobs, samples, aborts."""
+    prompts = [{"prompt_token_ids": p} for p in random_prompts([4, 19, 33, 16, 50, 7])]
+    common = {"max_tokens": 24, "ignore_eos": True}
+    params = [
+        SamplingParams(temperature=0, repetition_penalty=1.5, frequency_penalty=0.7, **common),
+        SamplingParams(temperature=0, logprobs=2, prompt_logprobs=1, **common),
+        SamplingParams(temperature=1.2, seed=1, stop_token_ids=list(range(3, 60)), **common),
+        SamplingParams(temperature=0.9, seed=2, n=3, presence_penalty=1.0, **common),
+        SamplingParams(temperature=0, logit_bias={5: 100.0}, stop_token_ids=[5], min_tokens=6, **common),
+        SamplingParams(temperature=1.0, seed=3, max_tokens=1),
+    ]
+    results, logprobs = [], []
+    for overlap in (False, True):
+        llm = LLM(str(tiny), async_scheduling=overlap, **SMALL)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        results.append([(s.token_ids, s.finish_reason, s.stop_reason) for o in outputs for s in o.outputs])
+        logprobs.append(logprob_values(outputs[1].outputs[0].logprobs) | logprob_values(outputs[1].prompt_logprobs))
+        core = llm.llm_engine.engine_core.engine_core
+        assert core.async_scheduling is overlap
+        assert not core._in_flight and not core.scheduler.requests
+        core.scheduler.kv_cache_manager.check_integrity()
+        # Two steps are in flight only if overlapping.
+        llm.llm_engine.add_request("x", prompts[0], SamplingParams(temperature=0, **common))
+        llm.llm_engine.step()
+        assert len(core._in_flight) == int(overlap)
+        llm.llm_engine.abort_request(["x"])
+        assert not llm.llm_engine.has_unfinished_requests()
+        # A token of the aborted request may still be in flight; the same id can be used again at once.
+        llm.llm_engine.add_request("x", prompts[1], SamplingParams(temperature=0, **common))
+        final = []
+        while llm.llm_engine.has_unfinished_requests():
+            final = llm.llm_engine.step() or final
+        results[-1].append(list(final[0].outputs[0].token_ids))
+    assert results[0] == results[1]
+    # Another batch composition rounds differently.
+    assert len(logprobs[0]) > 24 and logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
 
 
 def test_several_samples_differ_and_repeat(tiny: Path) -> None:
