@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, overload
 
+from folovllm.metrics.stats import EngineCoreEvent, EngineCoreEventType
 from folovllm.sampling_params import SamplingParams
 
 
@@ -161,6 +162,8 @@ class Request:
         # Tokens taken from the prefix cache at first admission; -1 until then.
         self.num_cached_tokens = -1
         self.num_preemptions = 0
+        # Not taken by an output yet; only a scheduler with log_stats records any.
+        self.events: list[EngineCoreEvent] | None = None
         self.block_hashes: list[Any] = []
         self._block_hasher = block_hasher
         if block_hasher is not None:
@@ -201,6 +204,19 @@ class Request:
     def num_output_tokens(self) -> int:
         """Output tokens so far."""
         return len(self._output_token_ids)
+
+    def record_event(self, event_type: EngineCoreEventType, timestamp: float | None = None) -> None:
+        """Add an event of now, or of `timestamp` (monotonic seconds)."""
+        event = EngineCoreEvent.new_event(event_type, timestamp)
+        if self.events is None:
+            self.events = [event]
+        else:
+            self.events.append(event)
+
+    def take_events(self) -> list[EngineCoreEvent] | None:
+        """Return the events since the last call, None where there are none."""
+        events, self.events = self.events, None
+        return events
 
     def is_finished(self) -> bool:
         """Return whether the status is final."""

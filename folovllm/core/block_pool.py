@@ -52,7 +52,11 @@ class BlockPool:
         self.null_block = self.free_block_queue.popleft()
         self.null_block.is_null = True
         self.event_sink: Callable[[str, list[int]], None] | None = None
-        """Called with what happened (allocate, hit, free, cache, evict, reset) and to which block ids."""
+        """Called with what happened (allocate, hit, release, free, cache, evict, reset) and to which block ids.
+
+        A block that loses a holder is in "free" if that was its last one, else in "release". The order of the ids in
+        "free" is that in which the uncached join the head of the free queue, and the cached its tail.
+        """
 
     def get_cached_block(
         self, block_hash: BlockHash, kv_cache_group_ids: Sequence[int] = (0,)
@@ -161,16 +165,21 @@ class BlockPool:
         """
         cached: list[KVCacheBlock] = []
         uncached: list[KVCacheBlock] = []
+        still_held: list[KVCacheBlock] = []
         for block in ordered_blocks:
             if block.is_null:
                 continue
             block.ref_cnt -= 1
             if block.ref_cnt == 0:
                 (uncached if block.block_hash is None else cached).append(block)
+            else:
+                still_held.append(block)
         self.free_block_queue.prepend_n(uncached)
         self.free_block_queue.append_n(cached)
-        if self.event_sink is not None and (uncached or cached):
-            self.event_sink("free", [b.block_id for b in uncached + cached])
+        if self.event_sink is not None:
+            for kind, blocks in (("release", still_held), ("free", uncached + cached)):
+                if blocks:
+                    self.event_sink(kind, [block.block_id for block in blocks])
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached content. False, and no change, while any block but the null block is held."""

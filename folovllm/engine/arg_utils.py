@@ -76,6 +76,7 @@ class EngineArgs:
 
         if self.load_format not in cfg.LOAD_FORMATS:
             raise ValueError(f"load_format={self.load_format!r} must be one of {', '.join(cfg.LOAD_FORMATS)}.")
+        ObservabilityConfig(self.step_trace_path)  # a bad path is refused before a download, not after it
         return resolve_model_source(
             self.model,
             revision=self.revision,

@@ -10,8 +10,10 @@ from typing import Any
 from folovllm.config import VllmConfig
 from folovllm.core.kv_cache_utils import get_kv_cache_configs, get_request_block_hasher, init_none_hash
 from folovllm.core.sched.async_scheduler import AsyncScheduler
+from folovllm.core.sched.interface import SchedulerInterface
 from folovllm.core.sched.output import SchedulerOutput
 from folovllm.core.sched.scheduler import Scheduler
+from folovllm.core.sched.traced_scheduler import TracedScheduler
 from folovllm.executor.abstract import Executor
 from folovllm.outputs import EngineCoreOutputs, ModelRunnerOutput, PendingOutput
 from folovllm.request import EngineCoreRequest, Request, RequestStatus
@@ -25,7 +27,8 @@ class EngineCore:
         """Size the KV cache for what the executor has left, allocate it, and make the scheduler.
 
         Raises:
-            ValueError: the KV cache cannot hold one request of max_model_len tokens.
+            ValueError: the KV cache cannot hold one request of max_model_len tokens, or the step trace cannot be
+                written.
         """
         self.vllm_config = vllm_config
         self.executor = executor
@@ -37,9 +40,11 @@ class EngineCore:
         overlap = vllm_config.scheduler_config.async_scheduling
         self.async_scheduling = executor.prefers_async_scheduling if overlap is None else overlap
         scheduler_cls = AsyncScheduler if self.async_scheduling else Scheduler
-        self.scheduler = scheduler_cls(
+        scheduler = scheduler_cls(
             vllm_config, self.kv_cache_config, block_size=cache_config.block_size, log_stats=log_stats
         )
+        trace_path = vllm_config.observability_config.step_trace_path
+        self.scheduler: SchedulerInterface = scheduler if trace_path is None else TracedScheduler(scheduler, trace_path)
         self._in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput | PendingOutput]] = deque()
         self._block_hasher: Callable[[Request], list[Any]] | None = None
         if cache_config.enable_prefix_caching:
@@ -100,5 +105,6 @@ class EngineCore:
         return self.scheduler.reset_prefix_cache()
 
     def shutdown(self) -> None:
-        """Free the devices."""
+        """Free the devices, and close the step trace."""
+        self.scheduler.shutdown()
         self.executor.shutdown()

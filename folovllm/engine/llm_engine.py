@@ -17,6 +17,7 @@ from folovllm.engine.output_processor import OutputProcessor
 from folovllm.engine.parallel_sampling import ParentRequest
 from folovllm.engine.processor import Processor, PromptType
 from folovllm.executor.abstract import Executor
+from folovllm.metrics.loggers import LoggingStatLogger
 from folovllm.metrics.stats import IterationStats
 from folovllm.outputs import RequestOutput
 from folovllm.request import EngineCoreRequest
@@ -47,7 +48,7 @@ class LLMEngine:
             executor: started, with the model loaded.
             tokenizer: None runs on token ids alone.
             generation_config: the model's generation_config.json, {} without one.
-            log_stats: gather statistics and attach them to outputs.
+            log_stats: gather statistics, attach them to outputs, and log a line of them every ten seconds.
         """
         self.vllm_config = vllm_config
         self.log_stats = log_stats
@@ -56,6 +57,7 @@ class LLMEngine:
         self.output_processor = OutputProcessor(tokenizer, log_stats)
         self.executor = executor
         self.engine_core = InprocClient(EngineCore(vllm_config, executor, log_stats))
+        self.stat_logger = LoggingStatLogger() if log_stats else None
         self._front_seconds: dict[str, float] = {}
 
     @classmethod
@@ -158,6 +160,9 @@ class LLMEngine:
         processed = self.output_processor.process_outputs(outputs.outputs, outputs.timestamp, iteration_stats)
         # The core knows nothing of text: requests that met a stop string still run there.
         self.engine_core.abort_requests(processed.reqs_to_abort)
+        if self.stat_logger is not None:
+            self.stat_logger.record(outputs.scheduler_stats, iteration_stats)
+            self.stat_logger.log_if_due()
         return processed.request_outputs
 
     def abort_request(self, request_ids: list[str]) -> None:

@@ -169,9 +169,16 @@ class RequestStateStats:
     last_token_ts: float = 0.0
     """Monotonic; 0 before the first token."""
     first_token_latency: float = 0.0
-    """Seconds from arrival to the first token, 0 before it."""
+    """Seconds from arrival to the first token (TTFT), 0 before it."""
+    inter_token_latencies: list[float] = field(default_factory=list)
+    """Seconds between one output and the next: the second token's first."""
     num_preemptions: int = 0
     """Times that it lost its blocks."""
+
+    @property
+    def queued_time(self) -> float:
+        """Seconds from the queue to the first step; 0 before it."""
+        return _elapsed(self.queued_ts, self.scheduled_ts)
 
 
 @dataclass
@@ -258,7 +265,9 @@ class IterationStats:
             self.time_to_first_tokens_iter.append(req_stats.first_token_latency)
             req_stats.first_token_ts = engine_core_timestamp
         else:
-            self.inter_token_latencies_iter.append(engine_core_timestamp - req_stats.last_token_ts)
+            latency = engine_core_timestamp - req_stats.last_token_ts
+            self.inter_token_latencies_iter.append(latency)
+            req_stats.inter_token_latencies.append(latency)
         req_stats.last_token_ts = engine_core_timestamp
 
     def update_from_events(self, events: Iterable[EngineCoreEvent], req_stats: RequestStateStats) -> None:
@@ -293,7 +302,7 @@ class IterationStats:
                 num_prompt_tokens=num_prompt_tokens,
                 num_generation_tokens=req_stats.num_generation_tokens,
                 max_tokens_param=max_tokens_param,
-                queued_time=_elapsed(req_stats.queued_ts, req_stats.scheduled_ts),
+                queued_time=req_stats.queued_time,
                 prefill_time=_elapsed(req_stats.scheduled_ts, req_stats.first_token_ts),
                 inference_time=_elapsed(req_stats.scheduled_ts, req_stats.last_token_ts),
                 decode_time=decode_time,

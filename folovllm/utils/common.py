@@ -78,13 +78,24 @@ def _encode(obj: Any, out: bytearray) -> None:
     elif isinstance(obj, (tuple, list)):
         out += (b"t" if isinstance(obj, tuple) else b"l") + struct.pack("<Q", len(obj))
         # A block of token ids is the common case: one pack call instead of one per id.
-        if obj and all(type(x) is int and -(1 << 63) <= x < 1 << 63 for x in obj):
-            out += b"*" + struct.pack(f"<{len(obj)}q", *obj)
+        packed = _pack_ints(obj)
+        if packed is not None:
+            out += b"*" + packed
         else:
             for item in obj:
                 _encode(item, out)
     else:
         raise TypeError(f"cannot hash a {type(obj).__name__}; use tuples, lists, ints, floats, str, bytes or None")
+
+
+def _pack_ints(items: tuple[Any, ...] | list[Any]) -> bytes | None:
+    """Return `items` as 8 bytes each if they are all ints (not bools) of 64 bits, else None."""
+    if set(map(type, items)) != {int}:
+        return None
+    try:
+        return struct.pack(f"<{len(items)}q", *items)
+    except struct.error:
+        return None
 
 
 def sha256(obj: Any) -> bytes:

@@ -17,6 +17,12 @@ class GPUWorker(WorkerBase):
         """See WorkerBase."""
         return f"{self.device} ({torch.cuda.get_device_name(self.device)})"
 
+    def init_device(self) -> None:
+        """See WorkerBase."""
+        # cuDNN's attention plans anew, for milliseconds on the host, whenever a context has grown by a token.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        super().init_device()
+
     def determine_available_memory(self) -> int:
         """Return what is left of gpu_memory_utilization after weights and the largest step's activations.
 

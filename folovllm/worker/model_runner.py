@@ -31,7 +31,7 @@ from folovllm.outputs import LogprobsTensors, PendingOutput
 from folovllm.sample.sampler import Sampler
 from folovllm.utils.common import cdiv
 from folovllm.worker.input_batch import CachedRequestState, InputBatch
-from folovllm.worker.step_in_flight import NothingToCompute, StepInFlight
+from folovllm.worker.step_in_flight import NO_WATCH, NothingToCompute, StepInFlight, StepWatch
 
 if TYPE_CHECKING:
     from folovllm.core.sched.output import CachedRequestData, SchedulerOutput
@@ -78,6 +78,7 @@ class ModelRunner:
         self.num_prompt_logprobs: dict[str, int] = {}
         self.prompt_logprobs_so_far: dict[str, list[LogprobsTensors]] = {}
         self.last_step: StepInFlight | None = None
+        self.collect_step_times = vllm_config.observability_config.step_trace_path is not None
         self._arange = np.arange(max(scheduler_config.max_num_batched_tokens, scheduler_config.max_num_seqs + 1))
 
     # Start-up.
@@ -173,15 +174,21 @@ class ModelRunner:
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput) -> PendingOutput:
         """Launch one step; it may be called again before the tokens of the step before have been fetched."""
+        watch = StepWatch() if self.collect_step_times else NO_WATCH
         self._update_states(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens == 0:
             return NothingToCompute()
         num_scheduled = self._scheduled_per_slot(scheduler_output)
         input_ids, positions, metadata = self._prepare_inputs(num_scheduled)
+        watch.lap("prepare")
         hidden = self.model(input_ids, positions, metadata)
         prompt_logprobs = self._gather_prompt_logprobs(hidden, num_scheduled, metadata)
         logits = self.model.compute_logits(hidden[metadata.query_start_loc[1:].long() - 1])
-        return self._sample(logits, num_scheduled, metadata, prompt_logprobs)
+        watch.lap("forward")
+        step = self._sample(logits, num_scheduled, metadata, prompt_logprobs)
+        watch.lap("sample")
+        step.step_times = watch.times
+        return step
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> None:
         """Apply the scheduler's deltas to `requests` and to the slots of the persistent batch."""

@@ -9,6 +9,7 @@ Without async scheduling a step lands before the next one is launched. Nothing e
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -56,6 +57,8 @@ class StepInFlight(PendingOutput):
         self._logprobs = logprobs
         self._prompt_logprobs = prompt_logprobs
         self._output: ModelRunnerOutput | None = None
+        self.step_times: dict[str, float] | None = None
+        """Milliseconds by part, for the step trace; the runner sets it."""
         self._event: torch.cuda.Event | None = None
         self._host = sampled
         if sampled.is_cuda:
@@ -104,8 +107,39 @@ class StepInFlight(PendingOutput):
             sampled_token_ids=token_lists,
             logprobs=None if self._logprobs is None else self._logprobs.tolists(),
             prompt_logprobs_dict=self._prompt_logprobs,
+            step_times=self.step_times,
         )
         return self._output
+
+
+class StepWatch:
+    """Wall and CPU milliseconds of the parts of a step, in `times`. On CUDA these are launch times: nothing waits."""
+
+    def __init__(self) -> None:
+        """Start."""
+        self.times: dict[str, float] | None = {}
+        self._wall, self._cpu = time.perf_counter(), time.thread_time()
+
+    def lap(self, part: str) -> None:
+        """Everything since the last lap was `part`."""
+        assert self.times is not None
+        wall, cpu = time.perf_counter(), time.thread_time()
+        self.times[f"{part}_ms"] = (wall - self._wall) * 1e3
+        self.times[f"{part}_cpu_ms"] = (cpu - self._cpu) * 1e3
+        self._wall, self._cpu = wall, cpu
+
+
+class _NoWatch(StepWatch):
+    """Measures nothing."""
+
+    def __init__(self) -> None:
+        self.times = None
+
+    def lap(self, part: str) -> None:
+        pass
+
+
+NO_WATCH = _NoWatch()
 
 
 class NothingToCompute(PendingOutput):

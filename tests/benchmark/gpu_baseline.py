@@ -45,7 +45,7 @@ def decode_step_ms(llm: LLM, batch: int, input_len: int, output_len: int) -> flo
     scheduler = engine.engine_core.engine_core.scheduler
     seconds = []
     while engine.has_unfinished_requests():
-        decoding = [r.num_tokens - r.num_computed_tokens for r in scheduler.running] == [1] * batch
+        decoding = len(scheduler.running) == batch and all(r.num_output_tokens for r in scheduler.running)
         start = time.perf_counter()
         engine.step()
         torch.cuda.synchronize()

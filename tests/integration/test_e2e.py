@@ -204,7 +204,7 @@ def test_a_kv_cache_that_cannot_hold_one_request_is_refused(tiny: Path) -> None:
     with pytest.raises(ValueError, match=r"max seq len.*kv_cache_memory_bytes|kv_cache_memory_bytes.*max seq len"):
         LLM(str(tiny), **(SMALL | {"kv_cache_memory_bytes": 4096}))
     with pytest.raises(ValueError, match=r"KV cache needs .* GiB free\. Lower kv_cache_memory_bytes"):
-        LLM(str(tiny), **(SMALL | {"kv_cache_memory_bytes": 1 << 50}))
+        LLM(str(tiny), device="cpu", **(SMALL | {"kv_cache_memory_bytes": 1 << 50}))
 
 
 def test_abort_between_steps_leaves_the_others_alone(tiny: Path) -> None:

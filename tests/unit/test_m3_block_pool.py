@@ -313,6 +313,7 @@ def test_event_sink_sees_the_life_of_a_block() -> None:
         ("allocate", [1, 2]),
         ("cache", [1]),
         ("hit", [1]),
+        ("release", [1]),
         ("free", [2, 1]),
         ("evict", [1]),
         ("allocate", [2, 1]),

@@ -200,12 +200,7 @@ class PagedImpl(AttentionImpl):
         """
         if kv_cache.shape[2] > seq_len:
             kv_cache = kv_cache[:, :, :seq_len]
-        if kv_cache.is_cuda:
-            # torch's CUDA kernel for a gather along a middle dimension reads the whole cache.
-            pages = torch.stack([pool.index_select(0, block_ids) for pool in kv_cache])
-        else:
-            pages = kv_cache.index_select(1, block_ids)
-        pages = pages.view(2, num_reqs, -1, self.num_kv_heads, self.head_size)
+        pages = kv_cache.index_select(1, block_ids).view(2, num_reqs, -1, self.num_kv_heads, self.head_size)
         keys, values = pages.narrow(2, 0, seq_len).transpose(2, 3)
         return keys, values
 

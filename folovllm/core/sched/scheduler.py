@@ -37,7 +37,7 @@ from folovllm.core.sched.output import CachedRequestData, NewRequestData, Schedu
 from folovllm.core.sched.request_queue import RequestQueue, SchedulingPolicy, create_request_queue
 from folovllm.core.sched.utils import check_stop, remove_all
 from folovllm.kv_cache_interface import KVCacheConfig
-from folovllm.metrics.stats import PrefixCacheStats, SchedulerStats
+from folovllm.metrics.stats import EngineCoreEventType, PrefixCacheStats, SchedulerStats
 from folovllm.outputs import (
     EngineCoreOutput,
     EngineCoreOutputs,
@@ -87,7 +87,7 @@ class Scheduler(SchedulerInterface):
             vllm_config: the whole configuration; read once, never changed.
             kv_cache_config: the cache as the workers have it.
             block_size: tokens per block; must be the cache's.
-            log_stats: whether update_from_output attaches SchedulerStats.
+            log_stats: whether update_from_output attaches SchedulerStats, and outputs carry their events.
         """
         self.vllm_config = vllm_config
         self.scheduler_config = vllm_config.scheduler_config
@@ -132,6 +132,8 @@ class Scheduler(SchedulerInterface):
             raise ValueError(f"request_id={request.request_id!r} is in use; give every request its own id.")
         self.requests[request.request_id] = request
         self.waiting.add_request(request)
+        if self.log_stats:
+            request.record_event(EngineCoreEventType.QUEUED)
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[str]:
         """End requests from outside, at any moment: one id, several, None for all; unknown ids do nothing."""
@@ -246,6 +248,8 @@ class Scheduler(SchedulerInterface):
         request.status = RequestStatus.PREEMPTED
         request.num_computed_tokens = 0
         request.num_preemptions += 1
+        if self.log_stats:
+            request.record_event(EngineCoreEventType.PREEMPTED)
         self.waiting.prepend_request(request)
         self._preempted_req_ids.add(request.request_id)
         self._num_preemptions += 1
@@ -280,6 +284,8 @@ class Scheduler(SchedulerInterface):
         (step.new if request.status == RequestStatus.WAITING else step.resumed).append(request)
         request.status = RequestStatus.RUNNING
         request.num_computed_tokens = num_hit_tokens
+        if self.log_stats:
+            request.record_event(EngineCoreEventType.SCHEDULED)
         if request.num_cached_tokens < 0:
             request.num_cached_tokens = num_hit_tokens
         request_id = request.request_id
@@ -438,4 +444,5 @@ def _make_output(
         request.get_finished_reason() if finished else None,
         request.stop_reason,
         request.num_cached_tokens if request.num_cached_tokens > 0 else 0,
+        None if request.events is None else request.take_events(),
     )
