@@ -21,7 +21,7 @@ help:  ## Show this list
 
 demo: $(VENV)/.demo-stamp  ## Install the package, get a small chat model and print its answers
 	$(STEP) "demo: two prompts, the default model (its first use downloads about 90 MB)"
-	$(BIN)/folovllm generate "What is the capital of France?" "Write one sentence about the sea." --max-tokens 64
+	$(BIN)/folovllm generate "What is the capital of France?" "Why is the sky blue?" --max-tokens 80 --temperature 0
 
 test: lint  ## Lint, then all tests with coverage, then the bad-input tests under python -O
 	$(STEP) "pytest, with coverage"
@@ -44,7 +44,7 @@ lint: $(VENV)/.dev-stamp  ## Ruff, mypy, import-linter, size check
 
 docs: $(VENV)/.dev-stamp  ## API reference as HTML in docs/api
 	$(STEP) "pdoc"
-	$(BIN)/pdoc --output-directory $(DOCS) folovllm
+	$(BIN)/python tools/make_docs.py $(DOCS)
 	@echo "open $(DOCS)/index.html"
 
 test-lower: $(VENV_LOWER)/.stamp  ## The tests again with the lowest dependency versions allowed

@@ -355,3 +355,16 @@ def test_license_is_apache() -> None:
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "Apache License" in text
     assert "Version 2.0, January 2004" in text
+
+
+@pytest.mark.slow
+def test_api_reference_has_a_page_for_every_module(tmp_path: Path) -> None:
+    """`make docs`: modules, and the public names that load on first use, are all there."""
+    subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "make_docs.py"), str(tmp_path)], check=True, capture_output=True
+    )
+    for path in (ROOT / "folovllm").rglob("*.py"):
+        if path.name != "__main__.py":
+            page = path.parent if path.name == "__init__.py" else path.with_suffix("")
+            assert (tmp_path / page.relative_to(ROOT)).with_suffix(".html").is_file(), page
+    assert "SamplingParams" in (tmp_path / "folovllm.html").read_text(encoding="utf-8")
