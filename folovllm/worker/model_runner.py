@@ -119,7 +119,7 @@ class ModelRunner:
             for name in group.layer_names:
                 try:
                     cache = self._zeros(shape, spec.dtype)
-                except (torch.OutOfMemoryError, RuntimeError) as error:
+                except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
                     total = kv_cache_config.num_blocks * spec.page_size_bytes * len(layers)
                     raise ValueError(
                         f"Not enough memory for a KV cache of {total / 2**30:.2f} GiB: {error}. Lower "

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from folovllm.outputs import LogprobsTensors, ModelRunnerOutput, PendingOutput
+from folovllm.outputs import EMPTY_MODEL_RUNNER_OUTPUT, LogprobsTensors, ModelRunnerOutput, PendingOutput
 from folovllm.worker.input_batch import CachedRequestState, InputBatch
 
 PLACEHOLDER = -1
@@ -147,4 +147,4 @@ class NothingToCompute(PendingOutput):
 
     def get_output(self) -> ModelRunnerOutput:
         """See PendingOutput."""
-        return ModelRunnerOutput(req_ids=[], req_id_to_index={}, sampled_token_ids=[])
+        return EMPTY_MODEL_RUNNER_OUTPUT
