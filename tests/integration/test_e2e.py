@@ -153,6 +153,18 @@ def test_async_scheduling_changes_nothing_but_the_order_of_work(tiny: Path) -> N
     assert len(logprobs[0]) > 24 and logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_request_that_runs_into_max_model_len(overlap: bool, tiny: Path) -> None:
+    """It ends with exactly max_model_len tokens, whatever it may still ask for; a step in flight does not overshoot."""
+    llm = LLM(str(tiny), async_scheduling=overlap, **(SMALL | {"max_model_len": 64}))
+    prompts = [{"prompt_token_ids": p} for p in random_prompts([60, 63, 40])]
+    params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert [len(o.outputs[0].token_ids) for o in outputs] == [4, 1, 24]
+    assert {o.outputs[0].finish_reason for o in outputs} == {"length"}
+    llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.check_integrity()
+
+
 def test_several_samples_differ_and_repeat(tiny: Path) -> None:
     llm = LLM(str(tiny), **SMALL)
     params = SamplingParams(n=3, temperature=1.0, seed=5, max_tokens=12, ignore_eos=True)
