@@ -158,7 +158,7 @@ def test_a_request_that_runs_into_max_model_len(overlap: bool, tiny: Path) -> No
     """It ends with exactly max_model_len tokens, whatever it may still ask for; a step in flight does not overshoot."""
     llm = LLM(str(tiny), async_scheduling=overlap, **(SMALL | {"max_model_len": 64}))
     prompts = [{"prompt_token_ids": p} for p in random_prompts([60, 63, 40])]
-    params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (1000, 1000, None)]
     outputs = llm.generate(prompts, params, use_tqdm=False)
     assert [len(o.outputs[0].token_ids) for o in outputs] == [4, 1, 24]
     assert {o.outputs[0].finish_reason for o in outputs} == {"length"}
