@@ -77,5 +77,5 @@ $(VENV)/.dev-stamp: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV_LOWER)/.stamp: pyproject.toml constraints-lower.txt
 	$(STEP) "virtual environment with the lower bounds in $(VENV_LOWER)"
 	$(PYTHON) -m venv $(VENV_LOWER)
-	$(VENV_LOWER)/bin/python $(PIP_INSTALL) constraints-lower.txt -e . pytest pytest-cov hypothesis scipy
+	$(VENV_LOWER)/bin/python $(PIP_INSTALL) constraints-lower.txt -e . accelerate pytest pytest-cov hypothesis scipy
 	@touch $@
