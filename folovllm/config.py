@@ -78,8 +78,6 @@ class ModelConfig:
     generation_config: str = "auto"
     """"auto": sampling defaults from the model's generation_config.json; "vllm": SamplingParams' own. Its
     end-of-sequence ids count either way."""
-    served_model_name: str | None = None
-    """The name shown to clients; None means `model`."""
     hf_config: dict[str, Any] | None = None
     """The model's config.json as a dict; None means: read it from the folder `model`."""
 

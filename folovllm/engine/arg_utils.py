@@ -48,7 +48,6 @@ class EngineArgs:
     enforce_eager: bool = False
     max_logprobs: int = 20
     generation_config: str = "auto"
-    served_model_name: str | None = None
     block_size: int = 16
     gpu_memory_utilization: float = 0.9
     kv_cache_memory_bytes: int | None = None
@@ -105,7 +104,6 @@ class EngineArgs:
             enforce_eager=self.enforce_eager,
             max_logprobs=self.max_logprobs,
             generation_config=self.generation_config,
-            served_model_name=self.served_model_name,
             hf_config=source.hf_config(),
         )
         assert model_config.max_model_len is not None
@@ -196,7 +194,6 @@ _HELP: dict[str, str] = {
     "enforce_eager": "never capture CUDA graphs",
     "max_logprobs": "largest logprobs a request may ask for; -1: no limit",
     "generation_config": "auto: sampling defaults from the model; vllm: none",
-    "served_model_name": "name shown to clients",
     "block_size": "tokens per KV cache block",
     "gpu_memory_utilization": "share of GPU memory to use",
     "kv_cache_memory_bytes": "bytes for the KV cache (default: measured on GPU, 1 GiB on CPU)",

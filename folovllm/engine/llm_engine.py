@@ -128,17 +128,10 @@ class LLMEngine:
             self.engine_core.add_request(request)
             return
         parent = ParentRequest(request)
-        for index in range(params.n):
-            child_id, child_params = parent.get_child_info(index)
-            child = EngineCoreRequest(
-                request_id=child_id,
-                prompt_token_ids=request.prompt_token_ids,
-                sampling_params=child_params,
-                arrival_time=request.arrival_time,
-                external_req_id=request.external_req_id,
-                priority=request.priority,
-                cache_salt=request.cache_salt,
-            )
+        children = parent.get_child_requests()
+        # All or none: a refused child must not leave its siblings running.
+        self.output_processor.check_ids_free([child.request_id for child in children])
+        for index, child in enumerate(children):
             self.output_processor.add_request(child, prompt_text, parent, index)
             self.engine_core.add_request(child)
 

@@ -210,6 +210,15 @@ class OutputProcessor:
         """Return whether any request is unfinished."""
         return bool(self.request_states)
 
+    def check_ids_free(self, request_ids: list[str]) -> None:
+        """Raise ValueError if an unfinished request has one of these internal ids."""
+        for request_id in request_ids:
+            if request_id in self.request_states:
+                raise ValueError(
+                    f"request_id={request_id!r} belongs to a request that is still running. "
+                    "Give each request an id of its own, or wait for that one to finish."
+                )
+
     def add_request(
         self,
         request: EngineCoreRequest,
@@ -230,11 +239,7 @@ class OutputProcessor:
         Raises:
             ValueError: an unfinished request has the same internal id.
         """
-        if request.request_id in self.request_states:
-            raise ValueError(
-                f"request_id={request.request_id!r} belongs to a request that is still running. "
-                "Give each request an id of its own, or wait for that one to finish."
-            )
+        self.check_ids_free([request.request_id])
         state = RequestState(
             self.tokenizer,
             request,

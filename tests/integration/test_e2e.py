@@ -176,6 +176,21 @@ def test_several_samples_differ_and_repeat(tiny: Path) -> None:
     assert samples == [tuple(sample.token_ids) for sample in second.outputs]
 
 
+@pytest.mark.badinput
+def test_samples_are_queued_all_or_none(tiny: Path) -> None:
+    """An id that one of the n samples would need is in use: refused, and no sibling is left running."""
+    engine = LLM(str(tiny), **SMALL).llm_engine
+    prompt = {"prompt_token_ids": [5, 6, 7]}
+    engine.add_request("1_a", prompt, SamplingParams(max_tokens=2, ignore_eos=True))
+    with pytest.raises(ValueError, match="request_id='1_a'"):
+        engine.add_request("a", prompt, SamplingParams(n=2, max_tokens=2))
+    assert engine.get_num_unfinished_requests() == 1
+    finished = []
+    while engine.has_unfinished_requests():
+        finished += [o.request_id for o in engine.step() if o.finished]
+    assert finished == ["1_a"]
+
+
 def test_eos_is_the_union_of_all_sources(tiny: Path) -> None:
     """generation_config's end-of-sequence id ends a request, with ignore_eos it does not."""
     llm = LLM(str(tiny), **SMALL)
