@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from folovllm.utils.common import check_choice, check_range
+from folovllm.utils.common import check_bool, check_choice, check_range
 
 DTYPES = ("auto", "float32", "float16", "half", "bfloat16", "float")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
@@ -85,6 +85,8 @@ class ModelConfig:
         if not self.model:
             raise ValueError("model='' is empty. Give a folder, a .gguf file, a hub id or a built-in name.")
         check_choice("dtype", self.dtype, DTYPES)
+        check_bool("skip_tokenizer_init", self.skip_tokenizer_init)
+        check_bool("enforce_eager", self.enforce_eager)
         check_choice("load_format", self.load_format, LOAD_FORMATS)
         check_choice("quantization", self.quantization, QUANTIZATION_METHODS)
         check_choice("generation_config", self.generation_config, ("auto", "vllm"))
@@ -168,6 +170,7 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         check_range("block_size", self.block_size, low=1)
+        check_bool("enable_prefix_caching", self.enable_prefix_caching)
         check_range("gpu_memory_utilization", self.gpu_memory_utilization, low=0.0, high=1.0, open_low=True)
         check_range("kv_cache_memory_bytes", self.kv_cache_memory_bytes, low=1)
         check_range(
@@ -205,6 +208,9 @@ class SchedulerConfig:
         check_range("max_model_len", self.max_model_len, low=1)
         check_range("long_prefill_token_threshold", self.long_prefill_token_threshold, low=0)
         check_choice("policy", self.policy, SCHEDULER_POLICIES)
+        check_bool("enable_chunked_prefill", self.enable_chunked_prefill)
+        if self.async_scheduling is not None:
+            check_bool("async_scheduling", self.async_scheduling)
         if not self.enable_chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
             raise ValueError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_model_len={self.max_model_len} "

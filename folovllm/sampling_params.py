@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Any
 
-from folovllm.utils.common import check_range
+from folovllm.utils.common import check_bool, check_range
 
 SAMPLING_EPS = 1e-5
 """A temperature below this is greedy."""
@@ -140,8 +140,8 @@ class SamplingParams:
                 "lower it or raise max_tokens."
             )
         for name in ("ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens"):
-            _check_bool(name, getattr(self, name))
-        _check_bool("include_stop_str_in_output", self.include_stop_str_in_output)
+            check_bool(name, getattr(self, name))
+        check_bool("include_stop_str_in_output", self.include_stop_str_in_output)
         if not isinstance(self.output_kind, RequestOutputKind):
             raise ValueError(f"output_kind={self.output_kind!r} must be a RequestOutputKind.")
         if self.n > 1 and self.temperature < SAMPLING_EPS:
@@ -242,11 +242,6 @@ def _check_number(
     if value is None or value != value or value in (float("inf"), float("-inf")):
         raise ValueError(f"{name}={value!r} must be a finite number.")
     check_range(name, value, low=low, high=high, open_low=open_low, remedy=remedy)
-
-
-def _check_bool(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} must be True or False.")
 
 
 def _check_logit_bias(bias: Any) -> dict[int, float]:

@@ -46,6 +46,12 @@ def check_range(
         raise ValueError(f"{field}={value!r} must be {kind} in {left}, {right}.{' ' + remedy if remedy else ''}")
 
 
+def check_bool(field: str, value: object) -> None:
+    """Raise ValueError unless `value` is True or False: "no" would count as true."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{field}={value!r} must be True or False.")
+
+
 def cdiv(a: int, b: int) -> int:
     """Return a / b rounded up."""
     return -(a // -b)

@@ -221,6 +221,11 @@ def test_one_bad_prompt_stops_the_list_before_any_work(tiny: Path) -> None:
         assert not llm.llm_engine.has_unfinished_requests()
     with pytest.raises(ValueError, match="2 entries for 3 prompts"):
         llm.generate([good] * 3, [params] * 2, use_tqdm=False)
+    for name in ("enable_prefix_caching", "async_scheduling", "enforce_eager", "enable_chunked_prefill"):
+        with pytest.raises(ValueError, match=f"{name}='no' must be True or False"):
+            LLM(str(tiny), **(SMALL | {name: "no"}))
+    with pytest.raises(ValueError, match="tokenizer='/nowhere': "):
+        LLM(str(tiny), **(SMALL | {"tokenizer": "/nowhere"}))
     with pytest.raises(TypeError, match="max_modle_len"):
         LLM(str(tiny), max_modle_len=5)
     assert len(llm.generate([good], params, use_tqdm=False)) == 1

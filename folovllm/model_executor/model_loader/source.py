@@ -104,7 +104,10 @@ def resolve_model_source(
     check_choice("load_format", load_format, LOAD_FORMATS)
     other = None
     if tokenizer is not None and tokenizer != model:
-        other = resolve_model_source(tokenizer, load_format="auto", download_dir=download_dir)
+        try:
+            other = resolve_model_source(tokenizer, load_format="auto", download_dir=download_dir)
+        except ValueError as error:
+            raise ValueError(f"tokenizer={tokenizer!r}: {error}") from error
     source = _resolve(model, revision, other, download_dir)
     _check_format(source, load_format)
     return source
