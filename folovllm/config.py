@@ -17,9 +17,9 @@ from folovllm.utils.common import check_bool, check_choice, check_range
 DTYPES = ("auto", "float32", "float16", "half", "bfloat16", "float")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 DEVICES = ("auto", "cpu", "cuda")
-ATTENTION_BACKENDS = ("auto", "paged", "torch_naive")
+ATTENTION_BACKENDS = ("auto", "paged_flash", "paged", "flash_attn", "torch_naive")
 SCHEDULER_POLICIES = ("fcfs", "priority")
-KV_CACHE_DTYPES = ("auto",)
+KV_CACHE_DTYPES = ("auto", "fp8")
 HASH_ALGORITHMS = ("sha256",)
 QUANTIZATION_METHODS: tuple[str | None, ...] = (None, "auto")
 
@@ -73,6 +73,8 @@ class ModelConfig:
     """None or "auto": what the checkpoint says."""
     enforce_eager: bool = False
     """Never capture CUDA graphs."""
+    deterministic: bool = False
+    """On CUDA: a request gets the same bits alone and in any batch, at some cost; CPUs are not covered."""
     max_logprobs: int = 20
     """Largest `logprobs` / `prompt_logprobs` that a request may ask for; -1 means the whole vocabulary."""
     generation_config: str = "auto"
@@ -87,6 +89,7 @@ class ModelConfig:
         check_choice("dtype", self.dtype, DTYPES)
         check_bool("skip_tokenizer_init", self.skip_tokenizer_init)
         check_bool("enforce_eager", self.enforce_eager)
+        check_bool("deterministic", self.deterministic)
         check_choice("load_format", self.load_format, LOAD_FORMATS)
         check_choice("quantization", self.quantization, QUANTIZATION_METHODS)
         check_choice("generation_config", self.generation_config, ("auto", "vllm"))
@@ -162,7 +165,7 @@ class CacheConfig:
     prefix_caching_hash_algo: str = "sha256"
     """One of HASH_ALGORITHMS."""
     cache_dtype: str = "auto"
-    """"auto": the model's dtype."""
+    """"auto": the model's dtype; "fp8": float8_e4m3fn, half of bfloat16's bytes (CUDA only)."""
     num_gpu_blocks_override: int | None = None
     """Exactly this many blocks, whatever the memory would allow (tests of preemption use it)."""
     num_gpu_blocks: int | None = None
@@ -273,6 +276,35 @@ class AttentionConfig:
 
 
 @dataclass
+class CompilationConfig:
+    """What is recorded into CUDA graphs (vLLM: `CompilationConfig`; nothing is compiled here)."""
+
+    cuda_graph_sizes: list[int] | None = None
+    """Decode batch sizes to record; a batch runs in the next larger graph, one above all sizes without. None:
+    default_graph_sizes."""
+
+    def __post_init__(self) -> None:
+        sizes = self.cuda_graph_sizes
+        if sizes is None:
+            return
+        if not isinstance(sizes, list) or not sizes:
+            raise ValueError(f"cuda_graph_sizes={sizes!r} must be a list of batch sizes, or None for the default.")
+        for size in sizes:
+            check_range("cuda_graph_sizes", size, low=1)
+
+    def graph_sizes(self, max_num_seqs: int) -> list[int]:
+        """Return the batch sizes to record, ascending, none above `max_num_seqs`."""
+        sizes = self.cuda_graph_sizes or default_graph_sizes(max_num_seqs)
+        return sorted({min(size, max_num_seqs) for size in sizes})
+
+
+def default_graph_sizes(max_num_seqs: int) -> list[int]:
+    """Return 1, 2, 4, 8, then steps of 8 up to 256, of 16 up to 512, of 64 beyond: padding costs at most some 12%."""
+    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, 513, 16), *range(576, max_num_seqs + 64, 64)]
+    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+
+
+@dataclass
 class ObservabilityConfig:
     """What the engine writes down about itself beside its log."""
 
@@ -319,6 +351,8 @@ class VllmConfig:
     """Device kind."""
     attention_config: AttentionConfig = field(default_factory=AttentionConfig)
     """Attention backend."""
+    compilation_config: CompilationConfig = field(default_factory=CompilationConfig)
+    """CUDA graphs."""
     observability_config: ObservabilityConfig = field(default_factory=ObservabilityConfig)
     """Step trace."""
 

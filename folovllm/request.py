@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import islice
 from typing import Any, overload
 
 from folovllm.metrics.stats import EngineCoreEvent, EngineCoreEventType
@@ -83,39 +84,44 @@ class EngineCoreRequest:
 
 
 class ConstantList(Sequence[int]):
-    """A read-only view of a list: Request hands these out, and alone appends (vLLM: `v1/utils.py`)."""
+    """A read-only view of a list, or of its end: Request hands these out, and alone appends (vLLM: `v1/utils.py`).
 
-    __slots__ = ("_list",)
+    Reading from a view with a `start` costs a copy of that end.
+    """
 
-    def __init__(self, values: list[int]) -> None:
+    __slots__ = ("_list", "_start")
+
+    def __init__(self, values: list[int], start: int = 0) -> None:
+        """View values[start:]; what is appended later is seen too."""
         self._list = values
+        self._start = start
 
     @overload
     def __getitem__(self, index: int) -> int: ...
     @overload
     def __getitem__(self, index: slice) -> list[int]: ...
     def __getitem__(self, index: int | slice) -> int | list[int]:
-        return self._list[index]
+        return self._list[index] if self._start == 0 else self.copy()[index]
 
     def __len__(self) -> int:
-        return len(self._list)
+        return len(self._list) - self._start
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._list)
+        return islice(self._list, self._start, None)
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, ConstantList):
-            return self._list == other._list
-        return self._list == other if isinstance(other, list) else NotImplemented
+            return self.copy() == other.copy()
+        return self.copy() == other if isinstance(other, list) else NotImplemented
 
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"ConstantList({self._list!r})"
+        return f"ConstantList({self.copy()!r})"
 
     def copy(self) -> list[int]:
         """Return the content as a new list."""
-        return self._list.copy()
+        return self._list[self._start :]
 
 
 class Request:
@@ -135,9 +141,12 @@ class Request:
         priority: int = 0,
         cache_salt: str | None = None,
         block_hasher: Callable[[Request], list[Any]] | None = None,
+        hash_block_size: int = 1,
     ) -> None:
         """`block_hasher` gives the hashes of full blocks not hashed yet; None leaves `block_hashes` empty.
 
+        `hash_block_size` is the tokens per block of the hasher, which is then asked only when an appended token fills
+        one; 1, which asks after every token, is right for any hasher.
         `pooling_params` must be None: FoloVLLM generates text only.
         """
         if pooling_params is not None:
@@ -154,11 +163,15 @@ class Request:
         self.max_tokens: int | None = sampling_params.max_tokens
         self.prompt_token_ids = prompt_token_ids
         self.num_prompt_tokens = len(prompt_token_ids)
-        self._output_token_ids: list[int] = []
+        # The length of all_token_ids, as a number: it is read several times per step.
+        self.num_tokens = self.num_prompt_tokens
         self._all_token_ids: list[int] = list(prompt_token_ids)
-        self.output_token_ids = ConstantList(self._output_token_ids)
         self.all_token_ids = ConstantList(self._all_token_ids)
+        # The same list from the first output on: one append per token, and a queued request holds a list less.
+        self.output_token_ids = ConstantList(self._all_token_ids, self.num_prompt_tokens)
         self.num_computed_tokens = 0
+        # Tokens that steps in flight will sample for it: with AsyncScheduler the sequence is that much longer.
+        self.num_output_placeholders = 0
         # Tokens taken from the prefix cache at first admission; -1 until then.
         self.num_cached_tokens = -1
         self.num_preemptions = 0
@@ -166,14 +179,18 @@ class Request:
         self.events: list[EngineCoreEvent] | None = None
         self.block_hashes: list[Any] = []
         self._block_hasher = block_hasher
+        self._hash_block_size = hash_block_size
         if block_hasher is not None:
             self.block_hashes = block_hasher(self)
 
     @classmethod
     def from_engine_core_request(
-        cls, request: EngineCoreRequest, block_hasher: Callable[[Request], list[Any]] | None
+        cls,
+        request: EngineCoreRequest,
+        block_hasher: Callable[[Request], list[Any]] | None,
+        hash_block_size: int = 1,
     ) -> Request:
-        """Return the scheduler's Request for a message from the Processor."""
+        """Return the scheduler's Request for a message from the Processor; the others are the constructor's."""
         return cls(
             request_id=request.request_id,
             prompt_token_ids=request.prompt_token_ids,
@@ -182,28 +199,26 @@ class Request:
             priority=request.priority,
             cache_salt=request.cache_salt,
             block_hasher=block_hasher,
+            hash_block_size=hash_block_size,
         )
 
     def append_output_token_ids(self, token_ids: int | list[int]) -> None:
         """Append sampled token(s), then the hash of every block they complete."""
         if isinstance(token_ids, int):
-            self._output_token_ids.append(token_ids)
             self._all_token_ids.append(token_ids)
+            self.num_tokens += 1
+            if self.num_tokens % self._hash_block_size:
+                return  # a token inside a block, as most are: there is nothing to hash
         else:
-            self._output_token_ids.extend(token_ids)
             self._all_token_ids.extend(token_ids)
+            self.num_tokens += len(token_ids)
         if self._block_hasher is not None:
             self.block_hashes.extend(self._block_hasher(self))
 
     @property
-    def num_tokens(self) -> int:
-        """Prompt plus output tokens."""
-        return len(self._all_token_ids)
-
-    @property
     def num_output_tokens(self) -> int:
         """Output tokens so far."""
-        return len(self._output_token_ids)
+        return self.num_tokens - self.num_prompt_tokens
 
     def record_event(self, event_type: EngineCoreEventType, timestamp: float | None = None) -> None:
         """Add an event of now, or of `timestamp` (monotonic seconds)."""

@@ -212,7 +212,11 @@ class SamplingParams:
 
     def clone(self) -> SamplingParams:
         """Return an independent deep copy."""
-        return copy.deepcopy(self)
+        other = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, (list, dict, set)):  # all else is immutable
+                setattr(other, name, copy.deepcopy(value))
+        return other
 
 
 def _is_int(value: object) -> bool:

@@ -9,6 +9,7 @@ need, so per-group tuples have length 1 and the bookkeeping lives here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from folovllm.core.block_pool import BlockPool
@@ -36,7 +37,7 @@ class KVCacheBlocks:
 
     def get_block_ids(self) -> tuple[list[int], ...]:
         """Return the ids, as one list per group."""
-        return tuple([block.block_id for block in group] for group in self.blocks)
+        return tuple([[block.block_id for block in group] for group in self.blocks])
 
 
 class KVCacheManager:
@@ -124,6 +125,16 @@ class KVCacheManager:
         if not hits:
             return self.empty_kv_cache_blocks, 0
         return KVCacheBlocks((hits,)), len(hits) * self.block_size
+
+    def has_slot_for_next_token(self, request: Request) -> bool:
+        """Whether allocate_slots(request, 1) would find nothing to do, so that it need not be called.
+
+        | t t t t | t t t . |        t: computed; the next token is neither the first of a block, which would have to
+                    0 1 2 3          be allocated, nor the last, which fills it, so that it would be cached
+
+        For a request that runs, so that it holds the blocks of its computed tokens (see check_integrity).
+        """
+        return 0 < request.num_computed_tokens % self.block_size < self.block_size - 1
 
     def allocate_slots(
         self,
@@ -267,9 +278,11 @@ class KVCacheManager:
         """Return the ids of all blocks of a request, as one list per group."""
         return self.get_blocks(request_id).get_block_ids()
 
-    def check_integrity(self) -> None:
+    def check_integrity(self, running: Iterable[Request] = ()) -> None:
         """Check every invariant of the block bookkeeping; O(blocks), for tests and debugging after any step.
 
+        - each of the `running` requests holds the blocks of its computed tokens, and those that are full and known are
+          cached: has_slot_for_next_token counts on it; and its `num_tokens` is the number of its tokens;
         - every block is either free (ref_cnt 0 and in the queue) or held (ref_cnt >= 1 and not in it);
         - ref_cnt is the number of requests that hold the block, and none holds one twice;
         - the free queue's links agree in both directions and its count is right;
@@ -277,8 +290,10 @@ class KVCacheManager:
         - the null block is untouched.
 
         Raises:
-            RuntimeError: naming the first block that breaks a rule.
+            RuntimeError: naming the first request or block that breaks a rule.
         """
+        for request in running:
+            self._check_running(request)
         pool = self.block_pool
         num_holders = [0] * pool.num_gpu_blocks
         for request_id, blocks in self.req_to_blocks.items():
@@ -298,6 +313,17 @@ class KVCacheManager:
         null = pool.null_block
         if null is not pool.blocks[0] or not null.is_null or null.ref_cnt or null.block_hash is not None:
             raise RuntimeError(f"the null block was used: {null}")
+
+    def _check_running(self, request: Request) -> None:
+        """Raise RuntimeError unless the request is as check_integrity says of running ones."""
+        num_blocks = len(self.req_to_blocks.get(request.request_id, ()))
+        if num_blocks < cdiv(request.num_computed_tokens, self.block_size):
+            raise RuntimeError(f"{request!r} runs on {num_blocks} blocks of {self.block_size}")
+        if len(request.all_token_ids) != request.num_tokens:
+            raise RuntimeError(f"{request!r} has {len(request.all_token_ids)} tokens")
+        num_full = min(request.num_computed_tokens // self.block_size, len(request.block_hashes))
+        if self.enable_caching and self.num_cached_block.get(request.request_id) != num_full:
+            raise RuntimeError(f"{request!r} has {num_full} full blocks, not all of them cached")
 
 
 def _check_free_queue(pool: BlockPool) -> list[bool]:

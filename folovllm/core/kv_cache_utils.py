@@ -18,7 +18,7 @@ from typing import Any, NewType
 from folovllm.config import VllmConfig
 from folovllm.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
 from folovllm.request import Request
-from folovllm.utils.common import GiB, cdiv, sha256
+from folovllm.utils.common import GiB, cdiv, sha256, sha256_blocks
 
 BlockHash = NewType("BlockHash", bytes)
 """Name of a full block's content, its prefix included."""
@@ -89,8 +89,8 @@ def get_request_block_hasher(
 ) -> Callable[[Request], list[BlockHash]]:
     """Return a function: request -> hashes of its full blocks that `request.block_hashes` does not hold yet.
 
-    A Request calls it on construction and after every appended token, so the common answer, [], must be
-    cheap.
+    A Request calls it on construction and after every appended token, or only after those that fill a block where it
+    was told `hash_block_size`.
     """
 
     def request_block_hasher(request: Request) -> list[BlockHash]:
@@ -100,6 +100,10 @@ def get_request_block_hasher(
         if first + block_size > num_tokens:
             return []
         parent: BlockHash | None = hashes[-1] if hashes else None
+        salted = first == 0 and request.cache_salt
+        if caching_hash_fn is sha256 and num_tokens - first >= 2 * block_size and not salted:
+            tokens = request.all_token_ids[first:num_tokens]
+            return [BlockHash(digest) for digest in sha256_blocks(parent or NONE_HASH, tokens, block_size)]
         new_hashes: list[BlockHash] = []
         for start in range(first, num_tokens - block_size + 1, block_size):
             end = start + block_size

@@ -14,6 +14,7 @@ from folovllm import config as cfg
 from folovllm.config import (
     AttentionConfig,
     CacheConfig,
+    CompilationConfig,
     DeviceConfig,
     ModelConfig,
     ObservabilityConfig,
@@ -46,6 +47,8 @@ class EngineArgs:
     max_model_len: int | None = None
     quantization: str | None = None
     enforce_eager: bool = False
+    cuda_graph_sizes: list[int] | None = None
+    deterministic: bool = False
     max_logprobs: int = 20
     generation_config: str = "auto"
     block_size: int = 16
@@ -102,6 +105,7 @@ class EngineArgs:
             load_format=self.load_format,
             quantization=self.quantization,
             enforce_eager=self.enforce_eager,
+            deterministic=self.deterministic,
             max_logprobs=self.max_logprobs,
             generation_config=self.generation_config,
             hf_config=source.hf_config(),
@@ -130,6 +134,7 @@ class EngineArgs:
             parallel_config=ParallelConfig(self.tensor_parallel_size, self.pipeline_parallel_size),
             device_config=DeviceConfig(self.device),
             attention_config=AttentionConfig(self.attention_backend),
+            compilation_config=CompilationConfig(self.cuda_graph_sizes),
             observability_config=ObservabilityConfig(self.step_trace_path),
         )
 
@@ -149,6 +154,8 @@ class EngineArgs:
             kwargs: dict[str, Any] = {"dest": field.name, "default": field.default, "help": _HELP[field.name]}
             if str(field.type).startswith("bool"):
                 kwargs["action"] = argparse.BooleanOptionalAction
+            elif str(field.type).startswith("list[int]"):
+                kwargs.update(type=int, nargs="+", metavar="INT")
             else:
                 kwargs["type"] = _cli_type(str(field.type))
                 kwargs["metavar"] = str(field.type).removesuffix(" | None").upper()
@@ -176,6 +183,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": cfg.DTYPES,
     "device": cfg.DEVICES,
     "attention_backend": cfg.ATTENTION_BACKENDS,
+    "kv_cache_dtype": cfg.KV_CACHE_DTYPES,
     "scheduling_policy": cfg.SCHEDULER_POLICIES,
     "generation_config": ("auto", "vllm"),
 }
@@ -192,12 +200,14 @@ _HELP: dict[str, str] = {
     "max_model_len": "most tokens of a request, prompt and output (default: the model's)",
     "quantization": "auto: what the checkpoint says",
     "enforce_eager": "never capture CUDA graphs",
+    "cuda_graph_sizes": "decode batch sizes to record into CUDA graphs (default: chosen by max_num_seqs)",
+    "deterministic": "on CUDA: the same bits for a request alone and in any batch",
     "max_logprobs": "largest logprobs a request may ask for; -1: no limit",
     "generation_config": "auto: sampling defaults from the model; vllm: none",
     "block_size": "tokens per KV cache block",
     "gpu_memory_utilization": "share of GPU memory to use",
     "kv_cache_memory_bytes": "bytes for the KV cache (default: measured on GPU, 1 GiB on CPU)",
-    "kv_cache_dtype": "auto: the model's",
+    "kv_cache_dtype": "auto: the model's; fp8: half the bytes, on CUDA",
     "num_gpu_blocks_override": "exactly this many KV cache blocks",
     "enable_prefix_caching": "share the KV cache of equal prefixes",
     "prefix_caching_hash_algo": "hash of cached blocks",

@@ -94,7 +94,7 @@ def _encode(obj: Any, out: bytearray) -> None:
         raise TypeError(f"cannot hash a {type(obj).__name__}; use tuples, lists, ints, floats, str, bytes or None")
 
 
-def _pack_ints(items: tuple[Any, ...] | list[Any]) -> bytes | None:
+def _pack_ints(items: Sequence[Any]) -> bytes | None:
     """Return `items` as 8 bytes each if they are all ints (not bools) of 64 bits, else None."""
     if set(map(type, items)) != {int}:
         return None
@@ -114,6 +114,32 @@ def sha256(obj: Any) -> bytes:
     out = bytearray()
     _encode(obj, out)
     return hashlib.sha256(out).digest()
+
+
+def sha256_blocks(parent: bytes, token_ids: Sequence[int], block_size: int) -> list[bytes]:
+    """Return the chain of digests of consecutive blocks: each is sha256((the one before, the block's ids, None)).
+
+    The same digests as sha256 gives, at a quarter of the cost: a long prompt has hundreds of blocks.
+
+    Args:
+        parent: stands before the first block.
+        token_ids: a last part shorter than a block is left out.
+    """
+    num_tokens = len(token_ids) // block_size * block_size
+    packed = _pack_ints(token_ids[:num_tokens])
+    digests: list[bytes] = []
+    if packed is None:  # not plain ints: the slow way
+        for start in range(0, num_tokens, block_size):
+            parent = sha256((parent, tuple(token_ids[start : start + block_size]), None))
+            digests.append(parent)
+        return digests
+    step = 8 * block_size
+    middle = struct.pack("<cQc", b"t", block_size, b"*")
+    for start in range(0, len(packed), step):
+        head = struct.pack("<cQcQ", b"t", 3, b"b", len(parent))
+        parent = hashlib.sha256(b"".join((head, parent, middle, packed[start : start + step], b"N"))).digest()
+        digests.append(parent)
+    return digests
 
 
 def get_hash_fn_by_name(name: str) -> Callable[[Any], bytes]:

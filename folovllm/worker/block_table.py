@@ -41,6 +41,7 @@ class BlockTable:
         self.num_blocks_per_row: npt.NDArray[np.int32] = np.zeros(max_num_reqs, dtype=np.int32)
         self.slot_mapping_np: npt.NDArray[np.int64] = np.full(max_num_batched_tokens, PADDING_SLOT, dtype=np.int64)
         self._num_mapped = 0
+        self._changed_rows: set[int] = set()
         self._block_table_host, self.block_table = _mirror(self.block_table_np, self.device)
         self._slot_mapping_host, self.slot_mapping = _mirror(self.slot_mapping_np, self.device)
 
@@ -52,6 +53,7 @@ class BlockTable:
         end = start + len(block_ids)
         self.block_table_np[row, start:end] = block_ids
         self.num_blocks_per_row[row] = end
+        self._changed_rows.add(row)
 
     def add_row(self, block_ids: Sequence[int], row: int) -> None:
         """Replace the blocks of slot `row` by `block_ids`."""
@@ -75,6 +77,7 @@ class BlockTable:
         used = int(self.num_blocks_per_row[pair].max())
         self.block_table_np[pair, :used] = self.block_table_np[swapped, :used]
         self.num_blocks_per_row[pair] = self.num_blocks_per_row[swapped]
+        self._changed_rows.update(pair)
 
     def compute_slot_mapping(self, req_indices: npt.NDArray[np.integer], positions: npt.NDArray[np.integer]) -> None:
         """Write the slot mapping of the step's T tokens to slot_mapping_np[:T]; the rest is padding, -1.
@@ -90,6 +93,17 @@ class BlockTable:
         mapping += positions % self.block_size
         self.slot_mapping_np[num_tokens : self._num_mapped] = PADDING_SLOT
         self._num_mapped = num_tokens
+
+    def take_changed_rows(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Return the rows that have blocks and changed since the last call, [R], and their blocks, [R, W].
+
+        W is the largest number of blocks that any of them has.
+        """
+        rows = np.fromiter(self._changed_rows, dtype=np.int32, count=len(self._changed_rows))
+        self._changed_rows.clear()
+        rows = rows[self.num_blocks_per_row[rows] > 0]
+        width = int(self.num_blocks_per_row[rows].max(initial=0))
+        return rows, self.block_table_np[rows, :width]
 
     def commit(self, num_reqs: int) -> None:
         """Make the first `num_reqs` rows visible in get_device_tensor; on the CPU they already are."""

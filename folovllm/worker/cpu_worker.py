@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 import torch
 
 from folovllm.config import DEFAULT_CPU_KV_CACHE_BYTES
-from folovllm.utils.common import GiB, cdiv
+from folovllm.utils import cpu_kernels
+from folovllm.utils.common import GiB, cdiv, init_logger
 from folovllm.worker.worker_base import WorkerBase
+
+logger = init_logger(__name__)
 
 
 class CPUWorker(WorkerBase):
     """Runs the model on all cores that torch uses."""
+
+    def init_device(self) -> None:
+        """See WorkerBase."""
+        keep_freed_memory()
+        usable, reason = cpu_kernels.available()
+        if usable or reason == cpu_kernels.SWITCHED_OFF:
+            logger.info("CPU kernels: %s.", reason)
+        else:
+            logger.warning("No CPU kernels, torch's operators take their place and are slower: %s.", reason)
+        super().init_device()
 
     def describe_device(self) -> str:
         """See WorkerBase."""
@@ -43,6 +57,20 @@ class CPUWorker(WorkerBase):
                 "kv_cache_memory_bytes (or num_gpu_blocks_override), or free memory."
             )
         return wanted
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory for the next allocation, in this process; does nothing on other C libraries.
+
+    Else activations of some megabytes may go back to the system after every operator, depending on what happens to
+    lie behind them, and come back page by page: 220,000 page faults, 0.3 s in a step of 2048 tokens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is None:
+        return
+    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+    for option in (m_mmap_threshold, m_trim_threshold):
+        mallopt(option, 1 << 30)
 
 
 def available_memory_bytes() -> int | None:

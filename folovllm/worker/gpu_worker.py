@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 
 import torch
 
+from folovllm.attention.backends.abstract import AttentionBackend
+from folovllm.kv_cache_interface import KVCacheConfig
 from folovllm.utils.common import GiB
+from folovllm.worker.model_runner import ModelRunner
 from folovllm.worker.worker_base import WorkerBase
 
 
@@ -45,7 +49,8 @@ class GPUWorker(WorkerBase):
             gc.collect()
             torch.cuda.empty_cache()
             free, total = torch.cuda.mem_get_info(self.device)
-        available = int(total * cache_config.gpu_memory_utilization) - (total - free) - activations
+            graphs = self.model_runner.profile_graph_memory()
+        available = int(total * cache_config.gpu_memory_utilization) - (total - free) - activations - graphs
         if available <= 0:
             raise ValueError(
                 f"gpu_memory_utilization={cache_config.gpu_memory_utilization} of {total / GiB:.1f} GiB leaves no room "
@@ -53,3 +58,24 @@ class GPUWorker(WorkerBase):
                 f"{activations / GiB:.1f} GiB. Raise it, or lower max_num_batched_tokens."
             )
         return available
+
+    def load_model(self, use_tqdm: bool) -> None:
+        """See WorkerBase; then compiles the kernels, so that their memory is seen by what follows."""
+        super().load_model(use_tqdm)
+        with self.timed_phase("compile kernels"):
+            self.model_runner.compile_kernels()
+
+    def make_model_runner(self, dtype: torch.dtype, backend: type[AttentionBackend]) -> ModelRunner:
+        """See WorkerBase; without Triton (it does not come with every build of torch) steps run as on the CPU."""
+        if importlib.util.find_spec("triton") is None:
+            return super().make_model_runner(dtype, backend)
+        from folovllm.worker.gpu_model_runner import GPUModelRunner
+
+        return GPUModelRunner(self.vllm_config, self.device, dtype, backend)
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """See WorkerBase; then records the CUDA graphs."""
+        super().initialize_from_config(kv_cache_config)
+        with self.timed_phase("record CUDA graphs"):
+            self.model_runner.record_graphs()
+            torch.cuda.synchronize(self.device)

@@ -137,7 +137,9 @@ class InputBatch:
         self.bad_words_token_ids: dict[str, list[list[int]]] = {}
         self.logitsprocs_reqs: dict[str, CachedRequestState] = {}
 
-        self._changed = False
+        self.version = 0
+        """Rises whenever requests join, leave or change slots."""
+        self._refreshed_version = 0
         self.sampling_metadata = self._make_sampling_metadata()
 
     def add_request(self, request: CachedRequestState) -> int:
@@ -162,7 +164,7 @@ class InputBatch:
         (block_ids,) = request.block_ids
         self.block_table.add_row(block_ids, index)
         self._add_sampling_params(request, index)
-        self._changed = True
+        self.version += 1
         return index
 
     def _add_sampling_params(self, request: CachedRequestState, index: int) -> None:
@@ -218,7 +220,7 @@ class InputBatch:
         self.allowed_token_ids.pop(req_id, None)
         self.bad_words_token_ids.pop(req_id, None)
         self.logitsprocs_reqs.pop(req_id, None)
-        self._changed = True
+        self.version += 1
         return index
 
     def condense(self) -> None:
@@ -244,7 +246,7 @@ class InputBatch:
             req_id = self._req_ids[index]
             if req_id is not None:
                 self.req_id_to_index[req_id] = index
-        self._changed = True
+        self.version += 1
 
     def _slot_arrays(self) -> tuple[npt.NDArray[np.generic], ...]:
         """Every array with one number per slot."""
@@ -272,9 +274,9 @@ class InputBatch:
 
     def refresh_metadata(self) -> None:
         """Rebuild `sampling_metadata` if the batch changed since last time; then its `positions` are None."""
-        if self._changed:
+        if self._refreshed_version != self.version:
             self.sampling_metadata = self._make_sampling_metadata()
-            self._changed = False
+            self._refreshed_version = self.version
 
     def _make_sampling_metadata(self) -> SamplingMetadata:
         """Return the metadata of the current requests, in slot order; they must lie without holes."""

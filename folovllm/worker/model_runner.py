@@ -15,7 +15,12 @@ padding, whether it is prefilling, decoding or both.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,6 +45,53 @@ if TYPE_CHECKING:
 
 PROMPT_LOGPROBS_ROWS = 256
 """Prompt positions whose logits exist at once: [256, V] float32 is 155 MB for V = 152k."""
+
+
+@dataclass
+class StepLayout:
+    """The flat batch of a step on the host: T tokens of B requests."""
+
+    input_ids: np.ndarray
+    """[T] int32; PLACEHOLDER where only the device knows the token."""
+    positions: np.ndarray
+    """[T] int64."""
+    slot_mapping: np.ndarray
+    """[T] int64, a view that the next step overwrites."""
+    query_start_loc: np.ndarray
+    """[B + 1] int32."""
+    seq_lens: np.ndarray
+    """[B] int32."""
+
+    @property
+    def num_reqs(self) -> int:
+        """B."""
+        return len(self.seq_lens)
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.input_ids)
+
+    def metadata(
+        self,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> AttentionMetadata:
+        """Return the metadata of these tensors, which are the layout's on the device."""
+        return AttentionMetadata(
+            num_actual_tokens=self.num_tokens,
+            num_reqs=self.num_reqs,
+            max_query_len=int(np.diff(self.query_start_loc).max()),
+            max_seq_len=int(self.seq_lens.max()),
+            query_start_loc=query_start_loc,
+            seq_lens=seq_lens,
+            block_table=block_table,
+            slot_mapping=slot_mapping,
+            query_start_loc_cpu=self.query_start_loc.tolist(),
+            seq_lens_cpu=self.seq_lens.tolist(),
+        )
 
 
 class ModelRunner:
@@ -79,6 +131,7 @@ class ModelRunner:
         self.prompt_logprobs_so_far: dict[str, list[LogprobsTensors]] = {}
         self.last_step: StepInFlight | None = None
         self.collect_step_times = vllm_config.observability_config.step_trace_path is not None
+        self.cache_dtype = torch.float8_e4m3fn if vllm_config.cache_config.cache_dtype == "fp8" else dtype
         self._arange = np.arange(max(scheduler_config.max_num_batched_tokens, scheduler_config.max_num_seqs + 1))
 
     # Start-up.
@@ -99,7 +152,7 @@ class ModelRunner:
     def get_kv_cache_spec(self) -> dict[str, FullAttentionSpec]:
         """Return layer name -> what its cache looks like."""
         return {
-            name: FullAttentionSpec(self.block_size, layer.num_kv_heads, layer.head_size, self.dtype)
+            name: FullAttentionSpec(self.block_size, layer.num_kv_heads, layer.head_size, self.cache_dtype)
             for name, layer in self._attention_layers().items()
         }
 
@@ -119,7 +172,7 @@ class ModelRunner:
             for name in group.layer_names:
                 try:
                     cache = self._zeros(shape, spec.dtype)
-                except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+                except (torch.OutOfMemoryError, RuntimeError, MemoryError, OSError, OverflowError) as error:
                     total = kv_cache_config.num_blocks * spec.page_size_bytes * len(layers)
                     raise ValueError(
                         f"Not enough memory for a KV cache of {total / 2**30:.2f} GiB: {error}. Lower "
@@ -133,39 +186,60 @@ class ModelRunner:
         """Return zeros, not garbage: masked scores must stay finite whatever an unused slot holds."""
         if self.device.type != "cpu":
             return torch.zeros(shape, dtype=dtype, device=self.device)
-        # Unlike torch.zeros, numpy leaves the pages untouched: memory is taken when a block is first used.
-        num_bytes = math.prod(shape) * dtype.itemsize
-        return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
+        # Unlike torch.zeros, this leaves memory untouched: it is taken when a block is first used. In huge pages, where
+        # the system has them: in pages of 4 KiB the first use of a block costs more than writing it.
+        buffer = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel built without them
+                buffer.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(buffer, dtype=dtype).view(shape)
 
     @torch.inference_mode()
     def profile_run(self) -> None:
         """Run the largest step on a scratch cache: a longest prefill, and logits for max_num_seqs requests."""
         scheduler_config = self.vllm_config.scheduler_config
         num_tokens = min(scheduler_config.max_num_batched_tokens, self.max_model_len)
+        num_blocks = cdiv(num_tokens, self.block_size)
+        with self._scratch_cache(num_blocks):
+            indices = torch.arange(num_tokens, device=self.device)
+            layout = StepLayout(
+                input_ids=self._arange[:num_tokens],
+                positions=self._arange[:num_tokens],
+                slot_mapping=self._arange[:num_tokens],
+                query_start_loc=np.array([0, num_tokens], dtype=np.int32),
+                seq_lens=np.array([num_tokens], dtype=np.int32),
+            )
+            metadata = layout.metadata(
+                query_start_loc=self._to_device(layout.query_start_loc),
+                seq_lens=self._to_device(layout.seq_lens),
+                block_table=torch.arange(num_blocks, dtype=torch.int32, device=self.device).unsqueeze(0),
+                slot_mapping=indices,
+            )
+            metadata = self.attn_backend.build_metadata(metadata, self.block_size, self.dtype)
+            hidden = self.model(indices % self.model_config.get_vocab_size(), indices, metadata)
+            logits = self.model.compute_logits(hidden[: scheduler_config.max_num_seqs])
+            logits.softmax(dim=-1)
+
+    def compile_kernels(self) -> None:
+        """Compile what the first steps would otherwise wait for; nothing here (GPUModelRunner does)."""
+
+    def profile_graph_memory(self) -> int:
+        """Return about how many bytes record_graphs will take: none here."""
+        return 0
+
+    def record_graphs(self) -> None:
+        """Record what can be replayed; nothing here (GPUModelRunner does)."""
+
+    @contextmanager
+    def _scratch_cache(self, num_blocks: int) -> Iterator[None]:
+        """Bind one small cache to all layers inside the block."""
         spec = next(iter(self.get_kv_cache_spec().values()))
-        num_blocks = cdiv(num_tokens, spec.block_size)
         shape = self.attn_backend.get_kv_cache_shape(num_blocks, spec.block_size, spec.num_kv_heads, spec.head_size)
         scratch = torch.zeros(shape, dtype=spec.dtype, device=self.device)
         layers = self._attention_layers().values()
         for layer in layers:
             layer.kv_cache = scratch
-        indices = torch.arange(num_tokens, device=self.device)
-        metadata = AttentionMetadata(
-            num_actual_tokens=num_tokens,
-            num_reqs=1,
-            max_query_len=num_tokens,
-            max_seq_len=num_tokens,
-            query_start_loc=torch.tensor([0, num_tokens], dtype=torch.int32, device=self.device),
-            seq_lens=torch.tensor([num_tokens], dtype=torch.int32, device=self.device),
-            block_table=torch.arange(num_blocks, dtype=torch.int32, device=self.device).unsqueeze(0),
-            slot_mapping=indices,
-            query_start_loc_cpu=[0, num_tokens],
-            seq_lens_cpu=[num_tokens],
-        )
-        metadata = self.attn_backend.build_metadata(metadata, self.block_size, self.dtype)
-        hidden = self.model(indices % self.model_config.get_vocab_size(), indices, metadata)
-        logits = self.model.compute_logits(hidden[: scheduler_config.max_num_seqs])
-        logits.softmax(dim=-1)
+        yield
         for layer in layers:
             layer.kv_cache = torch.empty(0)
 
@@ -255,36 +329,43 @@ class ModelRunner:
         scheduled = scheduler_output.num_scheduled_tokens
         return np.array([scheduled[req_id] for req_id in self.input_batch.req_ids], dtype=np.int64)
 
-    def _prepare_inputs(self, num_scheduled: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, AttentionMetadata]:
-        """Build the flat batch drawn at the top of this file; vectorised, no loop over requests or tokens."""
+    def _lay_out(self, num_scheduled: np.ndarray) -> StepLayout:
+        """Return the flat batch drawn at the top of this file; vectorised, no loop over requests or tokens."""
         batch = self.input_batch
         num_reqs = len(num_scheduled)
         query_start_loc = np.zeros(num_reqs + 1, dtype=np.int32)
         np.cumsum(num_scheduled, out=query_start_loc[1:])
         num_tokens = int(query_start_loc[-1])
-        req_indices = np.repeat(self._arange[:num_reqs], num_scheduled)  # [T]
         num_computed = batch.num_computed_tokens_cpu[:num_reqs]
-        first_rows = query_start_loc[:-1]
-        positions = self._arange[:num_tokens] + (num_computed - first_rows)[req_indices]  # [T]
+        if num_tokens == num_reqs:  # every request has one token: nothing to repeat
+            req_indices, positions = self._arange[:num_reqs], num_computed.astype(np.int64)
+        else:
+            req_indices = np.repeat(self._arange[:num_reqs], num_scheduled)  # [T]
+            positions = self._arange[:num_tokens] + (num_computed - query_start_loc[:-1])[req_indices]  # [T]
         input_ids = batch.token_ids_cpu[req_indices, positions]
         batch.block_table.compute_slot_mapping(req_indices, positions)
-        batch.block_table.commit(num_reqs)
-        seq_lens = (num_computed + num_scheduled).astype(np.int32)
-        metadata = AttentionMetadata(
-            num_actual_tokens=num_tokens,
-            num_reqs=num_reqs,
-            max_query_len=int(num_scheduled.max()),
-            max_seq_len=int(seq_lens.max()),
-            query_start_loc=self._to_device(query_start_loc),
-            seq_lens=self._to_device(seq_lens),
-            block_table=batch.block_table.get_device_tensor(num_reqs),
-            slot_mapping=self._to_device(batch.block_table.slot_mapping_np[:num_tokens]),
-            query_start_loc_cpu=query_start_loc.tolist(),
-            seq_lens_cpu=seq_lens.tolist(),
+        return StepLayout(
+            input_ids=input_ids,
+            positions=positions,
+            slot_mapping=batch.block_table.slot_mapping_np[:num_tokens],
+            query_start_loc=query_start_loc,
+            seq_lens=(num_computed + num_scheduled).astype(np.int32),
+        )
+
+    def _prepare_inputs(self, num_scheduled: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, AttentionMetadata]:
+        """Return the step's token ids [T], positions [T] and attention metadata, on the device."""
+        layout = self._lay_out(num_scheduled)
+        table = self.input_batch.block_table
+        table.commit(layout.num_reqs)
+        metadata = layout.metadata(
+            query_start_loc=self._to_device(layout.query_start_loc),
+            seq_lens=self._to_device(layout.seq_lens),
+            block_table=table.get_device_tensor(layout.num_reqs),
+            slot_mapping=self._to_device(layout.slot_mapping),
         )
         metadata = self.attn_backend.build_metadata(metadata, self.block_size, self.dtype)
-        tokens = self._feed_sampled_tokens(self._to_device(input_ids), metadata)
-        return tokens, self._to_device(positions.astype(np.int64)), metadata
+        tokens = self._feed_sampled_tokens(self._to_device(layout.input_ids), metadata)
+        return tokens, self._to_device(layout.positions), metadata
 
     def _feed_sampled_tokens(self, input_ids: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         """Put the tokens of a step in flight, which the host does not know, into the last row of their requests."""
@@ -341,8 +422,12 @@ class ModelRunner:
         prompt_logprobs: dict[str, LogprobsTensors | None],
     ) -> StepInFlight:
         """Draw a token per slot; only those of requests whose tokens are all computed count."""
-        batch = self.input_batch
-        sampling_metadata = batch.sampling_metadata
+        tokens, logprobs = self._draw(logits, metadata)
+        return self._launched(tokens, num_scheduled, logprobs, prompt_logprobs)
+
+    def _draw(self, logits: torch.Tensor, metadata: AttentionMetadata) -> tuple[torch.Tensor, LogprobsTensors | None]:
+        """Return a token per slot [B] int64, and the log probabilities that are wanted, on the device."""
+        sampling_metadata = self.input_batch.sampling_metadata
         if not sampling_metadata.no_penalties or sampling_metadata.bad_words_token_ids:
             # These depend on what was generated so far, the newest token included: wait for it here, after the
             # forward pass has been launched.
@@ -350,12 +435,21 @@ class ModelRunner:
         # The token drawn now comes after seq_len others; its noise depends on that position alone.
         sampling_metadata.positions = metadata.seq_lens.long()
         output = self.sampler(logits, sampling_metadata)
+        return output.sampled_token_ids.view(-1), output.logprobs_tensors
+
+    def _launched(
+        self,
+        tokens: torch.Tensor,
+        num_scheduled: np.ndarray,
+        logprobs: LogprobsTensors | None,
+        prompt_logprobs: dict[str, LogprobsTensors | None],
+    ) -> StepInFlight:
+        """Return the step as launched; `tokens` [B] may still be in the making."""
+        batch = self.input_batch
         num_reqs = len(num_scheduled)
         seq_lens = batch.num_computed_tokens_cpu[:num_reqs] + num_scheduled
         complete = np.flatnonzero(seq_lens >= batch.num_tokens[:num_reqs])
-        self.last_step = StepInFlight(
-            output.sampled_token_ids.view(-1), complete, batch, self.requests, output.logprobs_tensors, prompt_logprobs
-        )
+        self.last_step = StepInFlight(tokens, complete, batch, self.requests, logprobs, prompt_logprobs)
         return self.last_step
 
     def _land_last_step(self) -> None:

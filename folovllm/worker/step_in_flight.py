@@ -50,7 +50,9 @@ class StepInFlight(PendingOutput):
         self._requests = requests
         self._req_ids = list(batch.req_ids)
         self._states = [requests[req_id] for req_id in self._req_ids]
-        self._complete = complete
+        self.complete = complete
+        self.batch_version = batch.version
+        """Which state of the batch the step ran with: in the same state, slots are its rows."""
         batch.record_sampled_tokens(complete, np.full(len(complete), PLACEHOLDER, dtype=np.int64))
         # Where the placeholder of each complete slot sits in its request's output.
         self._places = [len(self._states[index].output_token_ids) - 1 for index in complete.tolist()]
@@ -75,7 +77,7 @@ class StepInFlight(PendingOutput):
     def rows_for(self, req_ids: Sequence[str]) -> tuple[list[int], list[int]]:
         """Return (slots, rows): the requests of `req_ids` (by slot) that got a token here, and its row in `sampled`."""
         # By identity: an id may have been given to another request meanwhile.
-        row_of = {id(self._states[row]): row for row in self._complete.tolist()}
+        row_of = {id(self._states[row]): row for row in self.complete.tolist()}
         slots, rows = [], []
         for slot, req_id in enumerate(req_ids):
             row = row_of.get(id(self._requests[req_id]))
@@ -90,10 +92,10 @@ class StepInFlight(PendingOutput):
             return self._output
         if self._event is not None:
             self._event.synchronize()
-        tokens = self._host.numpy()[self._complete].tolist()
+        tokens = self._host.numpy()[self.complete].tolist()
         token_lists: list[list[int]] = [[] for _ in self._req_ids]
         index_of, token_ids = self._batch.req_id_to_index, self._batch.token_ids_cpu
-        for row, place, token in zip(self._complete.tolist(), self._places, tokens, strict=True):
+        for row, place, token in zip(self.complete.tolist(), self._places, tokens, strict=True):
             state = self._states[row]
             token_lists[row] = [token]
             state.output_token_ids[place] = token

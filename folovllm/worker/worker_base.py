@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from folovllm.attention.backends.abstract import AttentionBackend
 from folovllm.attention.selector import select_attention_backend
 from folovllm.config import DeviceConfig, VllmConfig
 from folovllm.kv_cache_interface import FullAttentionSpec, KVCacheConfig
@@ -118,14 +119,34 @@ class WorkerBase(ABC):
             dtype,
             model_config.get_head_size(),
             self.vllm_config.cache_config.block_size,
+            deterministic=model_config.deterministic,
         )
+        self._check_options(backend)
         logger.info("Attention backend: %s (%s).", backend.get_name(), backend_reason)
         self.startup_info = StartupInfo(
             device=self.describe_device(),
             dtype=f"{dtype_name} ({dtype_reason})",
             attention_backend=f"{backend.get_name()} ({backend_reason})",
         )
-        self.model_runner = ModelRunner(self.vllm_config, self.device, dtype, backend)
+        self.model_runner = self.make_model_runner(dtype, backend)
+
+    def make_model_runner(self, dtype: torch.dtype, backend: type[AttentionBackend]) -> ModelRunner:
+        """Return the model runner for this device."""
+        return ModelRunner(self.vllm_config, self.device, dtype, backend)
+
+    def _check_options(self, backend: type[AttentionBackend]) -> None:
+        """Raise ValueError for options that this device or backend does not have."""
+        if self.vllm_config.model_config.deterministic and self.device.type != "cuda":
+            raise ValueError(
+                f"deterministic=True is for CUDA; this engine runs on {self.device.type}. Leave it out: with "
+                "max_num_seqs=1 a request's results do not depend on others anywhere."
+            )
+        reads_fp8 = self.device.type == "cuda" and backend.takes_written_kv
+        if self.vllm_config.cache_config.cache_dtype == "fp8" and not reads_fp8:
+            raise ValueError(
+                f"kv_cache_dtype='fp8' needs an attention backend on CUDA that reads it (paged or paged_flash), not "
+                f"{backend.get_name()} on {self.device.type}. Use 'auto'."
+            )
 
     @contextmanager
     def timed_phase(self, name: str) -> Iterator[None]:

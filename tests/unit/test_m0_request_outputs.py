@@ -72,6 +72,21 @@ def test_block_hashes_grow_in_place() -> None:
     assert hashes == [(1, 2), (3, 4), (5, 6), (7, 8)] and request.block_hashes is hashes
 
 
+def test_the_hasher_is_asked_only_when_a_block_fills() -> None:
+    asked = []
+
+    def hasher(request: Request) -> list[Any]:
+        asked.append(request.num_tokens)
+        return [None] * (request.num_tokens // 4 - len(request.block_hashes))
+
+    request = make_request(prompt=[1, 2, 3], block_hasher=hasher, hash_block_size=4)
+    for token in range(9):
+        request.append_output_token_ids(token)
+    assert asked == [3, 4, 8, 12] and len(request.block_hashes) == 3
+    request.append_output_token_ids([1, 2, 3, 4, 5])
+    assert len(request.block_hashes) == 4
+
+
 def test_requests_are_hashable_and_equal_only_to_themselves() -> None:
     one, twin = make_request(), make_request()
     assert one != twin and len({one, twin, one}) == 2
@@ -142,6 +157,21 @@ def test_constant_list_is_a_read_only_view() -> None:
         view[0] = 9  # type: ignore[index]
     with pytest.raises(TypeError):
         hash(view)
+
+
+def test_constant_list_of_the_end_of_a_list() -> None:
+    values = [1, 2, 3]
+    view = ConstantList(values, start=3)
+    assert view == [] and not view and list(view) == []
+    with pytest.raises(IndexError):
+        view[0]
+    values += [4, 5, 6]
+    assert view == [4, 5, 6] and view == ConstantList([4, 5, 6]) and view != values
+    assert (view[0], view[-1], view[-2:], view[:-1], len(view)) == (4, 6, [5, 6], [4, 5], 3)
+    assert list(view) == view.copy() == [4, 5, 6] and 3 not in view and view.index(5) == 1
+    assert repr(view) == "ConstantList([4, 5, 6])"
+    with pytest.raises(IndexError):
+        view[-4]
 
 
 # Messages.

@@ -25,7 +25,8 @@ def add(scheduler: Scheduler, *requests: Request) -> None:
 
 def test_async_schedules_with_a_placeholder_and_tells_the_worker() -> None:
     scheduler = create_scheduler(use_async=True)
-    add(scheduler, make_request("r", range(10), max_tokens=4))
+    request = make_request("r", range(10), max_tokens=4)
+    add(scheduler, request)
     first = scheduler.schedule()
     second = scheduler.schedule()  # the first token is not known yet
     assert second.num_scheduled_tokens == {"r": 1}
@@ -41,7 +42,7 @@ def test_async_schedules_with_a_placeholder_and_tells_the_worker() -> None:
     for output in (second, third, fourth):
         result = scheduler.update_from_output(output, make_output(output))
     assert result[0].outputs[0].finished and not scheduler.requests
-    assert scheduler.num_output_placeholders == {}
+    assert request.num_output_placeholders == 0 and request.num_output_tokens == 4
 
 
 def test_async_drops_the_token_after_a_stop_even_for_a_new_request_of_that_id() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from folovllm.core.kv_cache_manager import KVCacheBlocks
 from folovllm.core.sched.output import CachedRequestData, SchedulerOutput
 from folovllm.core.sched.request_queue import (
     FCFSRequestQueue,
@@ -555,3 +556,29 @@ def test_stats() -> None:
     scheduler.schedule()
     assert scheduler.make_stats().num_preempted_reqs == 1
     assert scheduler.make_stats().num_preempted_reqs == 0
+
+
+@pytest.mark.parametrize("use_async", [False, True])
+def test_a_decode_asks_the_manager_only_where_a_block_begins_or_ends(use_async: bool) -> None:
+    """What keeps a step of many decodes cheap; the blocks come at the same steps as if it asked for each token."""
+    scheduler = create_scheduler(use_async=use_async, enable_prefix_caching=True, block_size=8)
+    manager = scheduler.kv_cache_manager
+    request = make_request("r", range(10), block_size=8, max_tokens=100, ignore_eos=True)
+    scheduler.add_request(request)
+    output = scheduler.schedule()
+    scheduler.update_from_output(output, make_output(output))
+    asked = []
+    allocate_slots = manager.allocate_slots
+
+    def spy(request: Request, num_new_tokens: int) -> KVCacheBlocks | None:
+        asked.append(request.num_computed_tokens)
+        return allocate_slots(request, num_new_tokens)
+
+    manager.allocate_slots = spy  # type: ignore[method-assign, assignment]
+    for num_computed in range(10, 40):
+        output = scheduler.schedule()
+        new_blocks = output.scheduled_cached_reqs.new_block_ids[0]
+        assert (new_blocks is not None) == (num_computed % 8 == 0)
+        scheduler.update_from_output(output, make_output(output))
+        manager.check_integrity(scheduler.running)
+    assert asked == [15, 16, 23, 24, 31, 32, 39]

@@ -157,7 +157,7 @@ def run_scenario(scenario: Scenario) -> int:
             check_step(engine, output.num_scheduled_tokens, output.total_num_scheduled_tokens)
         elif engine.in_flight:
             engine._update()
-        manager.check_integrity()
+        manager.check_integrity(scheduler.running)
         check_cached_content(engine, requests, named)
         now += 1
         assert now < 5000, "requests starve"
@@ -202,7 +202,8 @@ def check_end(engine: FakeEngine, requests: list[Request], scenario: Scenario) -
     assert not manager.req_to_blocks and not manager.num_cached_block
     assert not engine.runner.tokens and not engine.runner.num_computed
     if scenario.scheduler_args["use_async"]:
-        assert not scheduler.num_output_placeholders and not scheduler._num_stale_tokens
+        assert not scheduler._num_stale_tokens
+        assert not any(request.num_output_placeholders for request in requests)
     pool_tokens = manager.num_usable_blocks * scheduler.block_size
     for request in requests:
         expected = expected_tokens(request, scheduler.max_model_len, pool_tokens)

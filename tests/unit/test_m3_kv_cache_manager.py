@@ -320,6 +320,58 @@ def test_integrity_check_notices(damage: object) -> None:
         manager.check_integrity()
 
 
+def _take_a_block(manager: KVCacheManager, request: Request) -> None:
+    manager.free(request)
+
+
+def _miscount_tokens(manager: KVCacheManager, request: Request) -> None:
+    request.num_tokens += 1
+
+
+def _cache_late(manager: KVCacheManager, request: Request) -> None:
+    manager.num_cached_block["r"] -= 1
+
+
+@pytest.mark.badinput
+@pytest.mark.parametrize("damage", [_take_a_block, _miscount_tokens, _cache_late])
+def test_integrity_check_notices_what_is_wrong_with_a_running_request(damage: object) -> None:
+    manager = make_manager(BS)
+    request = make_request("r", range(40))
+    prefill(manager, request)
+    request.num_computed_tokens = 40
+    manager.check_integrity([request])
+    damage(manager, request)
+    manager.check_integrity()
+    with pytest.raises(RuntimeError, match="'r'"):
+        manager.check_integrity([request])
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 16])
+@pytest.mark.parametrize("enable_caching", [False, True])
+def test_a_decode_that_has_its_slot_is_one_for_which_allocate_slots_does_nothing(
+    block_size: int, enable_caching: bool
+) -> None:
+    """Beside the naive way: ask allocate_slots for every token, and see whether anything has changed."""
+    manager = make_manager(block_size, num_blocks=100, enable_caching=enable_caching)
+    request = make_request("r", range(5), block_size)
+    manager.allocate_slots(request, 5)
+    request.num_computed_tokens = 5
+    answers = []
+    for token in range(3 * block_size):
+        request.append_output_token_ids(token)
+        has_slot = manager.has_slot_for_next_token(request)
+        num_cached = len(manager.block_pool.cached_block_hash_to_block)
+        changed = bool(manager.allocate_slots(request, 1).blocks[0])
+        changed |= len(manager.block_pool.cached_block_hash_to_block) > num_cached
+        assert not (has_slot and changed)
+        # Without caching a block that fills is no news, but it is asked for all the same.
+        assert has_slot or changed or not enable_caching
+        answers.append(has_slot)
+        request.num_computed_tokens += 1
+        manager.check_integrity([request])
+    assert sum(answers) == 3 * max(0, block_size - 2)
+
+
 # --- the size of the cache ---
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import torch
 from folovllm.attention.backends.abstract import AttentionBackend, AttentionMetadata
 from folovllm.attention.backends.paged import MAX_PADDING_TOKENS, PagedBackend, PagedMetadata
 from folovllm.attention.backends.torch_naive import TorchNaiveBackend
+from folovllm.utils import cpu_kernels
 
 GARBAGE = 1e4
 CONTIGUOUS = 1024
@@ -48,6 +50,23 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, params=["kernel", "torch"])
+def decode_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Decodes, and bfloat16 chunks, by the CPU kernels, and by torch as on machines without a C compiler."""
+    if request.param == "torch":
+        monkeypatch.setattr(cpu_kernels, "available", lambda: (False, "a test"))
+    elif not cpu_kernels.available()[0]:
+        pytest.skip(cpu_kernels.available()[1])
+    return str(request.param)
+
+
+@pytest.fixture
+def by_torch(decode_by: str) -> None:
+    """For tests of the groups, which the kernel has no use for."""
+    if decode_by != "torch":
+        pytest.skip("the kernel needs no groups")
 
 
 @dataclass
@@ -142,6 +161,39 @@ def test_bfloat16_is_near_the_float32_definition(name: str, block_size: int) -> 
     assert float((got.float() - expected).norm() / expected.norm()) < 2e-2
 
 
+def test_chunks_go_to_the_kernel_that_takes_them(decode_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All chunks of a step in one call in bfloat16 on AMX; in float32, or for an odd head size, none."""
+    calls: list[list[list[int]]] = []
+    kernel = cpu_kernels.paged_prefill
+
+    def recorded(*args: Any) -> None:
+        calls.append(args[3].tolist())
+        kernel(*args)
+
+    monkeypatch.setattr(cpu_kernels, "paged_prefill", recorded)
+    problem = make_problem(MIXED, 16)
+    problem.run(PagedBackend)
+    make_problem(MIXED, 16, head_size=48).run(PagedBackend, torch.bfloat16)
+    assert calls == []
+    by_kernel = problem.run(PagedBackend, torch.bfloat16)
+    if not cpu_kernels.prefill_usable(torch.bfloat16, 64):
+        assert calls == []
+        return
+    assert calls == [[[0, 0, 5, 5], [2, 6, 23, 60], [6, 26, 59, 33], [8, 60, 62, 17]]]
+    monkeypatch.setattr(cpu_kernels, "prefill_usable", lambda dtype, head_size: False)
+    by_torch = problem.run(PagedBackend, torch.bfloat16)
+    assert len(calls) == 1 and (by_kernel - by_torch).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("head_size", [64, 96, 128, 256])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 8], ids=["MQA", "GQA", "MHA"])
+def test_bfloat16_head_sizes_and_groups(num_kv_heads: int, head_size: int) -> None:
+    problem = make_problem(MIXED_GROUPS, 16, num_heads=8, num_kv_heads=num_kv_heads, head_size=head_size)
+    expected = problem.run(TorchNaiveBackend)
+    got = problem.run(PagedBackend, torch.bfloat16)
+    assert float((got.float() - expected).norm() / expected.norm()) < 2e-2
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_random_batches(seed: int) -> None:
     """What the cases above did not think of."""
@@ -166,7 +218,7 @@ def group_sizes(metadata: PagedMetadata) -> list[int]:
     return [len(g.block_ids) // -(-g.seq_len // 16) for g in metadata.decode_groups]
 
 
-def test_the_batches_are_what_they_are_called() -> None:
+def test_the_batches_are_what_they_are_called(by_torch: None) -> None:
     """One group with and without mask, several groups, rows out of order, chunks with and without history."""
     (group,) = paged_metadata(PURE_DECODE).decode_groups
     assert group.rows is None and group.mask is None
@@ -183,7 +235,7 @@ def test_the_batches_are_what_they_are_called() -> None:
     assert sum(group_sizes(mixed)) == 4
 
 
-def test_groups_hold_no_more_padding_than_allowed() -> None:
+def test_groups_hold_no_more_padding_than_allowed(by_torch: None) -> None:
     generator = torch.Generator().manual_seed(5)
     batch = [(1, int(n)) for n in torch.randint(2, 900, (40,), generator=generator)]
     metadata = paged_metadata(batch)

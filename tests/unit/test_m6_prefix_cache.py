@@ -24,7 +24,7 @@ from folovllm.core.kv_cache_utils import (
 )
 from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
-from folovllm.utils.common import sha256
+from folovllm.utils.common import sha256, sha256_blocks
 from tests.core_utils import FakeEngine, create_scheduler, expected_tokens, make_request
 
 BS = 4
@@ -71,7 +71,7 @@ def test_none_hash_survives_a_reload() -> None:
     program = """
 import importlib
 import folovllm.core.kv_cache_utils as utils
-from folovllm.utils.common import sha256
+from folovllm.utils.common import sha256, sha256_blocks
 from tests.core_utils import make_manager, make_request
 
 request, before = make_request("r", range(16)), utils.NONE_HASH
@@ -359,3 +359,23 @@ def test_reset_of_running_requests_preempts_them_in_order(use_async: bool, polic
     engine.run()
     for request in requests:
         assert engine.outputs[request.request_id] == expected_tokens(request, 8192)
+
+
+@pytest.mark.parametrize("tokens", [list(range(48)), list(range(50)), [2**62, -1] * 20, [True] * 32, [2**70] * 32, [5]])
+def test_a_chain_of_blocks_hashed_at_once_equals_block_by_block(tokens: list[int]) -> None:
+    for parent in (b"", b"parent", sha256("x")):
+        expected, last = [], parent
+        for start in range(0, len(tokens) // 16 * 16, 16):
+            last = sha256((last, tuple(tokens[start : start + 16]), None))
+            expected.append(last)
+        assert sha256_blocks(parent, tokens, 16) == expected
+
+
+@pytest.mark.parametrize("salt", [None, "salt"])
+def test_requests_hash_alike_at_once_and_block_by_block(salt: str | None) -> None:
+    hashers = [get_request_block_hasher(16, fn) for fn in (sha256, lambda obj: sha256(obj))]
+    at_once, one_by_one = (
+        Request("id", list(range(100, 180)), SamplingParams(), cache_salt=salt, block_hasher=hasher).block_hashes
+        for hasher in hashers
+    )
+    assert list(at_once) == list(one_by_one) and len(at_once) == 5

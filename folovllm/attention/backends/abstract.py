@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -58,13 +59,15 @@ class AttentionImpl(ABC):
     def forward(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         kv_cache: torch.Tensor,
         metadata: AttentionMetadata,
         out: torch.Tensor,
     ) -> torch.Tensor:
         """Write `key` and `value` [T, Hkv, D] into `kv_cache`, then attend with `query` [T, H, D].
+
+        Backends that set `takes_written_kv` also accept None for both: they are in the cache already.
 
         Mutates kv_cache at metadata.slot_mapping, and `out` [T, H, D], which it returns.
         """
@@ -72,6 +75,9 @@ class AttentionImpl(ABC):
 
 class AttentionBackend(ABC):
     """What the selector and the worker need to know of a backend before any layer exists."""
+
+    takes_written_kv: ClassVar[bool] = False
+    """Whether attention may run on keys and values that a fused kernel has written to the cache before."""
 
     @staticmethod
     @abstractmethod

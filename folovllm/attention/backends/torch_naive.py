@@ -42,13 +42,14 @@ class TorchNaiveImpl(AttentionImpl):
     def forward(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         kv_cache: torch.Tensor,
         metadata: AttentionMetadata,
         out: torch.Tensor,
     ) -> torch.Tensor:
         """See AttentionImpl.forward."""
+        assert key is not None and value is not None
         write_kv_cache(key, value, kv_cache, metadata.slot_mapping)
         starts = metadata.query_start_loc_cpu
         for b, seq_len in enumerate(metadata.seq_lens_cpu):

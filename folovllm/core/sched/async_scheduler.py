@@ -20,7 +20,7 @@ from typing import Any
 from folovllm.core.sched.output import SchedulerOutput
 from folovllm.core.sched.scheduler import Scheduler, _Step
 from folovllm.outputs import EngineCoreOutputs, ModelRunnerOutput
-from folovllm.request import Request, RequestStatus
+from folovllm.request import Request
 
 
 class AsyncScheduler(Scheduler):
@@ -33,16 +33,13 @@ class AsyncScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """The arguments of Scheduler."""
         super().__init__(*args, **kwargs)
-        self.num_output_placeholders: dict[str, int] = {}
-        """Request id -> tokens that steps in flight will sample for it; absent means none."""
         # Request id -> tokens in flight for a request that has ended: not for a newcomer of the same id.
         self._num_stale_tokens: dict[str, int] = {}
 
     def _num_uncomputed_tokens(self, request: Request) -> int:
         """How far a running request is behind, placeholders included; 0 if it will surely end with those."""
-        num_placeholders = self.num_output_placeholders.get(request.request_id, 0)
-        num_tokens = request.num_tokens + num_placeholders
-        if num_placeholders:
+        num_tokens = request.num_tokens + request.num_output_placeholders
+        if request.num_output_placeholders:
             max_tokens = request.max_tokens
             num_output_tokens = num_tokens - request.num_prompt_tokens
             if num_tokens >= self.max_model_len or (max_tokens is not None and num_output_tokens >= max_tokens):
@@ -51,25 +48,18 @@ class AsyncScheduler(Scheduler):
 
     def _try_admit(self, request: Request, step: _Step) -> bool:
         # Tokens in flight come before whatever a resumed request would sample: it has to wait for them.
-        if request.request_id in self.num_output_placeholders:
+        if request.num_output_placeholders:
             return False
         return super()._try_admit(request, step)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         """Count the step as computed, and a placeholder for each request that it samples for."""
         super()._update_after_schedule(scheduler_output)
-        placeholders = self.num_output_placeholders
-        cached = scheduler_output.scheduled_cached_reqs
-        if placeholders:
-            cached.num_output_tokens = [
-                num_tokens + placeholders.get(request_id, 0)
-                for request_id, num_tokens in zip(cached.req_ids, cached.num_output_tokens, strict=True)
-            ]
+        requests = self.requests
         for request_id in scheduler_output.num_scheduled_tokens:
-            request = self.requests[request_id]
-            num_placeholders = placeholders.get(request_id, 0)
-            if request.num_computed_tokens == request.num_tokens + num_placeholders:
-                placeholders[request_id] = num_placeholders + 1
+            request = requests[request_id]
+            if request.num_computed_tokens == request.num_tokens + request.num_output_placeholders:
+                request.num_output_placeholders += 1
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -97,22 +87,20 @@ class AsyncScheduler(Scheduler):
         return replace(scheduler_output, num_scheduled_tokens=alive)
 
     def _update_request_with_output(self, request: Request, new_token_ids: list[int]) -> tuple[list[int], bool]:
-        was_running = request.status == RequestStatus.RUNNING
-        request_id = request.request_id
-        num_left = self.num_output_placeholders.get(request_id, 0) - len(new_token_ids)
-        if num_left > 0:
-            self.num_output_placeholders[request_id] = num_left
-        else:
-            self.num_output_placeholders.pop(request_id, None)
-        result = super()._update_request_with_output(request, new_token_ids)
-        if was_running and request.num_tokens % self.block_size < len(new_token_ids):
+        num_new_tokens = len(new_token_ids)
+        num_left = request.num_output_placeholders - num_new_tokens
+        request.num_output_placeholders = num_left if num_left > 0 else 0
+        # Not super(): looking that up takes longer than the call, for every request of every step.
+        result = Scheduler._update_request_with_output(self, request, new_token_ids)
+        if request.num_tokens % self.block_size < num_new_tokens:
             # A block that ends with a token in flight could not be named when its step was scheduled.
             self.kv_cache_manager.cache_blocks(request, request.num_computed_tokens)
         return result
 
     def _free_request(self, request: Request) -> None:
-        request_id = request.request_id
-        num_in_flight = self.num_output_placeholders.pop(request_id, 0)
-        if num_in_flight:
-            self._num_stale_tokens[request_id] = self._num_stale_tokens.get(request_id, 0) + num_in_flight
+        if request.num_output_placeholders:
+            request_id = request.request_id
+            num_stale = self._num_stale_tokens.get(request_id, 0)
+            self._num_stale_tokens[request_id] = num_stale + request.num_output_placeholders
+            request.num_output_placeholders = 0
         super()._free_request(request)

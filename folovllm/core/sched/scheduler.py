@@ -192,47 +192,55 @@ class Scheduler(SchedulerInterface):
 
     def _schedule_running(self, step: _Step) -> None:
         """Give every running request its next tokens; preempt the least deserving where blocks run out."""
-        allocate_slots = self.kv_cache_manager.allocate_slots
-        chunk_limit = step.chunk_limit
-        running = self.running
-        index = 0
-        while index < len(running) and step.token_budget > 0:
-            request = running[index]
-            num_new_tokens = min(self._num_uncomputed_tokens(request), chunk_limit, step.token_budget)
-            if num_new_tokens <= 0:
-                # All its tokens are being computed: it waits for the output of an earlier step.
-                index += 1
+        has_slot = self.kv_cache_manager.has_slot_for_next_token
+        scheduled, num_scheduled_tokens = step.running, step.num_scheduled_tokens
+        # A copy: who is preempted on the way leaves `running`.
+        for request in tuple(self.running):
+            if step.token_budget <= 0:
+                return
+            if step.preempted and request.status != RequestStatus.RUNNING:
                 continue
-            while (new_blocks := allocate_slots(request, num_new_tokens)) is None:
-                victim_index = self._preempt_one(step)
-                if victim_index < index:
-                    index -= 1
-                if request.status != RequestStatus.RUNNING:
-                    return  # it was its own victim: nobody behind it deserves blocks more
-            request_id = request.request_id
-            step.running.append(request)
-            step.num_scheduled_tokens[request_id] = num_new_tokens
+            num_new_tokens = self._num_uncomputed_tokens(request)
+            if num_new_tokens <= 0:
+                continue  # all its tokens are being computed: it waits for the output of an earlier step
+            if num_new_tokens > 1:
+                num_new_tokens = min(num_new_tokens, step.chunk_limit, step.token_budget)
+            # Most requests of most steps decode inside a block, which has a slot for their token: not to call the
+            # manager for those halves the time of schedule().
+            inside_block = num_new_tokens == 1 and has_slot(request)
+            if not inside_block and not self._allocate_or_preempt(request, num_new_tokens, step):
+                return  # it was its own victim: nobody behind it deserves blocks more
+            scheduled.append(request)
+            num_scheduled_tokens[request.request_id] = num_new_tokens
             step.token_budget -= num_new_tokens
-            if new_blocks.blocks[0]:
-                step.block_ids[request_id] = new_blocks.get_block_ids()
-            index += 1
 
     def _num_uncomputed_tokens(self, request: Request) -> int:
         """How far `num_computed_tokens` of a running request is behind."""
         return request.num_tokens - request.num_computed_tokens
 
-    def _preempt_one(self, step: _Step) -> int:
-        """Preempt the least deserving running request; return which place in `running` it had.
+    def _allocate_or_preempt(self, request: Request, num_new_tokens: int, step: _Step) -> bool:
+        """Allocate blocks for the next tokens of a running request, at others' cost if need be.
+
+        Returns whether it got them; if not, it has been preempted itself.
+        """
+        while (new_blocks := self.kv_cache_manager.allocate_slots(request, num_new_tokens)) is None:
+            self._preempt_one(step)
+            if request.status != RequestStatus.RUNNING:
+                return False
+        if new_blocks.blocks[0]:
+            step.block_ids[request.request_id] = new_blocks.get_block_ids()
+        return True
+
+    def _preempt_one(self, step: _Step) -> None:
+        """Preempt the least deserving running request.
 
         It may be one that has been scheduled in this step already (priority policy): that is withdrawn.
         """
-        running = self.running
         if self.policy is SchedulingPolicy.PRIORITY:
-            victim = max(running, key=lambda r: (r.priority, r.arrival_time))
-            index = running.index(victim)
+            victim = max(self.running, key=lambda r: (r.priority, r.arrival_time))
+            self.running.remove(victim)
         else:
-            index = len(running) - 1
-        victim = running.pop(index)
+            victim = self.running.pop()
         num_tokens = step.num_scheduled_tokens.pop(victim.request_id, 0)
         if num_tokens:
             step.running.remove(victim)
@@ -240,7 +248,6 @@ class Scheduler(SchedulerInterface):
             self.kv_cache_manager.uncache_uncomputed_blocks(victim)
         self._preempt_request(victim)
         step.preempted = True
-        return index
 
     def _preempt_request(self, request: Request) -> None:
         """Take all blocks of a request that has left `running`; it starts again from the front of waiting."""
@@ -320,9 +327,9 @@ class Scheduler(SchedulerInterface):
             scheduled_cached_reqs=CachedRequestData(
                 req_ids=cached_ids,
                 resumed_req_ids={request.request_id for request in step.resumed},
-                new_block_ids=[block_ids.get(request_id) for request_id in cached_ids],
+                new_block_ids=list(map(block_ids.get, cached_ids)),
                 num_computed_tokens=[request.num_computed_tokens for request in cached],
-                num_output_tokens=[request.num_output_tokens for request in cached],
+                num_output_tokens=[r.num_tokens - r.num_prompt_tokens + r.num_output_placeholders for r in cached],
                 all_token_ids={r.request_id: r.all_token_ids.copy() for r in step.resumed},
             ),
             num_scheduled_tokens=num_scheduled_tokens,
@@ -385,16 +392,18 @@ class Scheduler(SchedulerInterface):
 
         The request may have been preempted while the step ran: the token was drawn and counts all the same.
         """
-        for num_appended, token_id in enumerate(new_token_ids, 1):
+        max_model_len = self.max_model_len
+        num_before = request.num_tokens
+        for token_id in new_token_ids:
             request.append_output_token_ids(token_id)
-            stopped = check_stop(request, self.max_model_len)
-            if not stopped and request.num_tokens >= self.max_model_len:
+            stopped = check_stop(request, max_model_len, token_id)
+            if not stopped and request.num_tokens >= max_model_len:
                 # min_tokens does not lengthen the block table.
                 request.status = RequestStatus.FINISHED_LENGTH_CAPPED
                 stopped = True
             if stopped:
                 # A new list: the runner's may be shared.
-                return new_token_ids[:num_appended], True
+                return new_token_ids[: request.num_tokens - num_before], True
         return new_token_ids, False
 
     # ---- The rest ----

@@ -5,7 +5,7 @@ from __future__ import annotations
 from folovllm.request import Request, RequestStatus
 
 
-def check_stop(request: Request, max_model_len: int) -> bool:
+def check_stop(request: Request, max_model_len: int, last_token_id: int | None = None) -> bool:
     """Return whether the token appended last ends the request; if so, set its status (and stop_reason).
 
     In this order, so that an end-of-sequence token on the last allowed position counts as a stop, not as a
@@ -16,13 +16,16 @@ def check_stop(request: Request, max_model_len: int) -> bool:
     3. one of stop_token_ids: FINISHED_STOPPED, and `stop_reason` is the token
     4. max_model_len or max_tokens reached: FINISHED_LENGTH_CAPPED
 
-    Stop strings are the OutputProcessor's: the core knows no text.
+    `last_token_id` is that token, where the caller has it at hand anyway: to read it from the request costs as much as
+    the four tests. Stop strings are the OutputProcessor's: the core knows no text.
     """
     params = request.sampling_params
-    num_output_tokens = request.num_output_tokens
+    num_tokens = request.num_tokens
+    num_output_tokens = num_tokens - request.num_prompt_tokens
     if num_output_tokens < params.min_tokens:
         return False
-    last_token_id = request.output_token_ids[-1]
+    if last_token_id is None:
+        last_token_id = request.output_token_ids[-1]
     if last_token_id == params.eos_token_id:
         request.status = RequestStatus.FINISHED_STOPPED
         return True
@@ -31,7 +34,7 @@ def check_stop(request: Request, max_model_len: int) -> bool:
         request.stop_reason = last_token_id
         return True
     max_tokens = request.max_tokens
-    if (max_tokens is not None and num_output_tokens >= max_tokens) or request.num_tokens >= max_model_len:
+    if (max_tokens is not None and num_output_tokens >= max_tokens) or num_tokens >= max_model_len:
         request.status = RequestStatus.FINISHED_LENGTH_CAPPED
         return True
     return False

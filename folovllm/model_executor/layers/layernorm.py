@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from folovllm.utils import cpu_kernels
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, the mean taken in float32 (Zhang and Sennrich 2019, eq. 4)."""
@@ -16,10 +18,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size), requires_grad=False)
         self.variance_epsilon = eps
         self.doubled_weight: torch.Tensor | None = None
+        self.has_kernel = False
 
     def process_weights_after_loading(self) -> None:
-        """On CPUs, prepare for the detour over LayerNorm (see _norm)."""
-        if not self.weight.is_cuda:
+        """On CPUs, choose our kernel; without it, prepare for the detour over LayerNorm (see _norm)."""
+        self.has_kernel = cpu_kernels.usable(self.weight)
+        if not self.has_kernel and not self.weight.is_cuda:
             self.doubled_weight = torch.cat((self.weight, self.weight))
 
     def forward(
@@ -29,10 +33,21 @@ class RMSNorm(nn.Module):
 
         `residual` is overwritten with the sum: it is the caller's only running copy.
         """
+        if self.has_kernel:
+            return self._by_kernel(x, residual)
         if residual is None:
             return self._norm(x)
         residual.add_(x)
         return self._norm(residual), residual
+
+    def _by_kernel(
+        self, x: torch.Tensor, residual: torch.Tensor | None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        if residual is None:
+            return cpu_kernels.rms_norm(rows, self.weight, self.variance_epsilon).view(x.shape)
+        sums = residual.view(rows.shape)
+        return cpu_kernels.rms_norm(rows, self.weight, self.variance_epsilon, sums).view(x.shape), residual
 
     def _norm(self, x: torch.Tensor) -> torch.Tensor:
         if self.doubled_weight is None:

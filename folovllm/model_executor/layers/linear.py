@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from folovllm.model_executor.layers import batch_linear
 from folovllm.model_executor.layers.quantization import LinearMethodBase, QuantizationConfig
+from folovllm.utils import cpu_kernels
 
-PACKED_BATCH_HINT = 16
-"""Rows oneDNN packs weights for: the layout it picks for 16 also serves 1 and 512 (docs/dev/milestone_1.md)."""
+PACKED_BATCH_HINT = 256
+"""Rows oneDNN packs weights for: the layout it picks for 256 also serves 1 and 16 (docs/dev/milestone_1.md)."""
 
 
 def cpu_can_pack(weight: torch.Tensor) -> bool:
@@ -41,24 +43,44 @@ def linear_packed(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | No
 
 
 class UnquantizedLinearMethod(LinearMethodBase):
-    """A weight [N, K] in the model's dtype; on CPUs with bfloat16 units, prepacked once for oneDNN."""
+    """A weight [N, K] in the model's dtype.
+
+    On CPUs with bfloat16 units, either left as it is, for our kernel at few rows and torch's product at many; or,
+    without the kernel, prepacked once for oneDNN.
+    """
+
+    kernel_rows = 0
+    """Up to how many rows our CPU kernel multiplies; 0: it is not used."""
 
     def create_weights(self, layer: nn.Module, input_size: int, output_size: int) -> None:
         """See LinearMethodBase."""
         layer.weight = nn.Parameter(torch.empty(output_size, input_size), requires_grad=False)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Prepack on CPUs where that pays: 1.3 to 1.9x at one token, see docs/dev/milestone_1.md."""
+        """Choose the kernel; else prepack where that pays: 1.3 to 1.9x at one token, see docs/dev/milestone_1.md."""
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
-        if cpu_can_pack(weight):
+        self.kernel_rows = cpu_kernels.linear_row_limit(weight)
+        if not self.kernel_rows and cpu_can_pack(weight):
             layer.weight = nn.Parameter(pack_linear_weight(weight.data), requires_grad=False)
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """See LinearMethodBase."""
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
+        if x.shape[0] <= self.kernel_rows:
+            return cpu_kernels.linear(x, weight, bias)
         return linear_packed(x, weight, bias) if weight.is_mkldnn else F.linear(x, weight, bias)
+
+
+class BatchInvariantLinearMethod(UnquantizedLinearMethod):
+    """On CUDA: one tile for every number of rows, so that a row's result does not depend on the others."""
+
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """See LinearMethodBase."""
+        weight = layer.weight
+        assert isinstance(weight, torch.Tensor)
+        return batch_linear.deterministic_linear(x, weight, bias)
 
 
 class LinearBase(nn.Module):

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from folovllm.model_executor.layers import batch_linear, small_batch_linear
 from folovllm.model_executor.layers.linear import cpu_can_pack, linear_packed, pack_linear_weight
+from folovllm.utils import cpu_kernels
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -33,7 +35,10 @@ class ParallelLMHead(VocabParallelEmbedding):
         """See VocabParallelEmbedding."""
         super().__init__(num_embeddings, embedding_dim)
         self._packed: torch.Tensor | None = None
+        self._kernel_rows = 0
         self._tied = False
+        self.deterministic = False
+        """One tile for every number of rows, on CUDA."""
 
     def tie_weights(self, embedding: VocabParallelEmbedding) -> ParallelLMHead:
         """Use the embedding's table instead of an own one; return self."""
@@ -42,14 +47,31 @@ class ParallelLMHead(VocabParallelEmbedding):
         return self
 
     def process_weights_after_loading(self) -> None:
-        """Prepack for oneDNN where that pays. A tied table stays for look-ups, so this copies it once more."""
-        if cpu_can_pack(self.weight):
+        """Choose our CPU kernel, which takes the table as it is, or prepack for oneDNN where that pays.
+
+        A tied table stays for look-ups, so packing copies it once more.
+        """
+        self._kernel_rows = cpu_kernels.linear_row_limit(self.weight)
+        if not self._kernel_rows and cpu_can_pack(self.weight):
             self._packed = pack_linear_weight(self.weight.data)
             if not self._tied:
                 self.weight = nn.Parameter(torch.empty(0, dtype=self._packed.dtype), requires_grad=False)
 
     def compute(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return logits [n, V] in the model's dtype for hidden_states [n, E]."""
+        """Return logits [n, V], rounded to the model's dtype or float32 holding the same, for hidden_states [n, E]."""
+        if self.deterministic:
+            return batch_linear.deterministic_linear(hidden_states, self.weight)
+        if hidden_states.shape[0] <= self._kernel_rows:
+            return cpu_kernels.linear(hidden_states, self.weight, float_output=True)
         if self._packed is not None:
             return linear_packed(hidden_states, self._packed, None)
         return F.linear(hidden_states, self.weight)
+
+    def compute_into(self, out: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        """Write the logits of hidden_states [n, E] into `out` [n, V], of the model's dtype; on CUDA."""
+        if self.deterministic:
+            batch_linear.deterministic_linear(hidden_states, self.weight, out=out)
+        elif small_batch_linear.runs_on_triton(hidden_states) and hidden_states.shape[0] == 1:
+            small_batch_linear.linear(hidden_states, self.weight, out=out)
+        else:
+            torch.mm(hidden_states, self.weight.t(), out=out)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from folovllm.model_executor.layers.layernorm import RMSNorm
-from folovllm.model_executor.layers.linear import LinearBase
+from folovllm.model_executor.layers.linear import BatchInvariantLinearMethod, LinearBase, UnquantizedLinearMethod
 from folovllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from folovllm.model_executor.model_loader.loader import initialize_dummy_weights, load_weights
 from folovllm.model_executor.models.registry import get_model_class
@@ -58,7 +58,24 @@ def get_model(
     else:
         load_weights(model, source, use_tqdm=use_tqdm)
     process_weights_after_loading(model)
+    if model_config.deterministic:
+        make_batch_invariant(model)
     return model.eval()
+
+
+def make_batch_invariant(model: nn.Module) -> None:
+    """Multiply with one tile for every number of rows, in all layers and the LM head.
+
+    Raises:
+        ValueError: a layer is quantized: its kernels have no such mode.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, LinearBase):
+            if type(module.quant_method) is not UnquantizedLinearMethod:
+                raise ValueError(f"deterministic=True: {name} is quantized, which has no batch-invariant kernel.")
+            module.quant_method = BatchInvariantLinearMethod()
+        elif isinstance(module, ParallelLMHead):
+            module.deterministic = True
 
 
 def process_weights_after_loading(model: nn.Module) -> None:

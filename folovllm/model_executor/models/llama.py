@@ -10,6 +10,7 @@ Legend: T tokens in the step, E hidden size, H heads, Hkv KV heads, D head size,
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ from folovllm.model_executor.layers.logits_processor import LogitsProcessor
 from folovllm.model_executor.layers.quantization import QuantizationConfig
 from folovllm.model_executor.layers.rotary_embedding import RotaryEmbedding, compute_inv_freq
 from folovllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from folovllm.model_executor.models import fused_decoder
 from folovllm.model_executor.models.config import DecoderConfig
 from folovllm.model_executor.models.utils import load_named_weights
 
@@ -176,12 +178,20 @@ class LlamaModel(nn.Module):
             layers.append(LlamaDecoderLayer(config, attention, quant_config, name))
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.deterministic = False
+        """Only kernels whose results for a token do not depend on the other tokens of the step."""
+        self.fuse = True
+        """Run the layers through models/fused_decoder.py where it can; False: module by module, to watch or change."""
+        self.fused_layers: Any = None
+        """What models/fused_decoder.py has looked up of the layers, once they have run."""
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, attn_metadata: AttentionMetadata
     ) -> torch.Tensor:
         """Return hidden states [T, E] for input_ids and positions [T]."""
         hidden = self.embed_tokens(input_ids)
+        if fused_decoder.can_fuse(self, hidden):
+            return fused_decoder.run_layers(self, hidden, positions, attn_metadata)
         cos_sin = self.rotary_emb.gather(positions)
         residual: torch.Tensor | None = None
         for layer in self.layers:
@@ -207,6 +217,7 @@ class LlamaForCausalLM(nn.Module):
         super().__init__()
         self.config = DecoderConfig.from_model_config(model_config, self.qkv_bias)
         self.model = LlamaModel(self.config, attn_backend, quant_config, self.attention_cls)
+        self.model.deterministic = model_config.deterministic
         self.lm_head = ParallelLMHead(
             0 if self.config.tie_word_embeddings else self.config.vocab_size, self.config.hidden_size
         )

@@ -1,0 +1,220 @@
+"""The decoder's layers in few kernels, on CUDA and on CPUs. models/llama.py says what is computed; here is how.
+
+vLLM leaves this to torch.compile and custom operators. A step of a small model is made of hundreds of short operations,
+so what counts is how many there are, and how soon each starts after the one before:
+
+    CUDA          norm+residual | qkv | QK-norm, rotation, KV write | attention | o | norm+residual | gate, up
+                  | SiLU-mul | down                                             9 kernels a layer
+    CUDA, small   norm+qkv | QK-norm, rotation, KV write | attention | o+residual | norm+gate+up+SiLU-mul
+                  | down+residual                                               6 kernels a layer
+    CPU           norm | qkv | QK-norm, rotation, KV write | attention | o+residual | norm | gate+up+SiLU-mul
+                  | down+residual                                               8 calls a layer, at few rows
+
+A small batch reads each weight once for a handful of multiplications. On CUDA our own products then beat cuBLAS, since
+they take their neighbours in and start to read weights before the kernel before them has ended (small_batch_linear.py);
+on CPUs they beat torch's, since they read weights at the speed of memory (csrc/cpu_kernels.c).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from folovllm.attention.backends.abstract import AttentionMetadata
+from folovllm.model_executor.layers import batch_linear, small_batch_linear
+from folovllm.model_executor.layers.attention import Attention
+from folovllm.model_executor.layers.fused_ops import qk_norm_rope_write_kv, rms_norm, silu_and_mul
+from folovllm.model_executor.layers.layernorm import RMSNorm
+from folovllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from folovllm.utils import cpu_kernels
+
+if TYPE_CHECKING:
+    from folovllm.model_executor.models.llama import LlamaModel
+
+SMALL_BATCH_HIDDEN_SIZE = 2048
+"""Above it only single rows take the small-batch path: with more, cuBLAS wins (docs/dev/milestone_4.md)."""
+
+PDL_MAX_TOKENS = 256
+"""Above it programmatic dependent launch slows the QK-norm kernel down."""
+
+
+def can_fuse(model: LlamaModel, hidden: torch.Tensor) -> bool:
+    """Return whether fused kernels can run this step: there are some, and attention takes keys written beforehand."""
+    first: Any = model.layers[0]
+    return model.fuse and bool(first.self_attn.attn.takes_written_kv) and (hidden.is_cuda or cpu_kernels.usable(hidden))
+
+
+def run_layers(
+    model: LlamaModel, hidden: torch.Tensor, positions: torch.Tensor, attn_metadata: AttentionMetadata
+) -> torch.Tensor:
+    """Return what LlamaModel.forward returns, [T, E], for embedded tokens `hidden` [T, E], which are overwritten."""
+    if not hidden.is_cuda:
+        return _run_on_cpu(model, hidden, positions, attn_metadata)
+    # Kernels of many tokens have nothing to gain from starting early, and lose: they share the GPU while they wait.
+    pdl = hidden.shape[0] <= PDL_MAX_TOKENS and supports_pdl(hidden.device)
+    if takes_small_batch(model, hidden):
+        return _run_small_batch(model, hidden, positions, attn_metadata, pdl)
+    residual = hidden
+    layers = _layers_of(model)
+    norms = [layer.input_norm for layer in layers[1:]] + [_Norm(model.norm)]
+    # Our own products of medium batches, for the shapes where they measured faster than cuBLAS.
+    ours = pdl and not model.deterministic and layers[0].is_unquantized and batch_linear.runs_on_triton(hidden)
+    hidden = rms_norm(hidden, layers[0].input_norm.weight, layers[0].input_norm.eps, pdl=pdl)
+    for layer, next_norm in zip(layers, norms, strict=True):
+        if ours and _beats_cublas(hidden, layer.qkv_weights[0], "none"):
+            qkv = batch_linear.linear(hidden, *layer.qkv_weights, pdl=pdl)
+        else:
+            qkv = layer.qkv_proj(hidden)
+        hidden = _attend(layer, qkv, positions, attn_metadata, pdl)
+        hidden = _linear_norm(layer.o_proj, layer.o_weights, hidden, layer.post_norm, residual, ours, pdl)
+        if ours and _beats_cublas(hidden, layer.gate_up_weights[0], "silu_mul"):
+            hidden = batch_linear.gate_up(hidden, *layer.gate_up_weights, pdl=pdl)
+        else:
+            hidden = silu_and_mul(layer.gate_up_proj(hidden), pdl=pdl)
+        hidden = _linear_norm(layer.down_proj, layer.down_weights, hidden, next_norm, residual, ours, pdl)
+    return hidden
+
+
+def _linear_norm(
+    product: Callable[[torch.Tensor], torch.Tensor],
+    weights: tuple[Any, Any],
+    x: torch.Tensor,
+    norm: _Norm,
+    residual: torch.Tensor,
+    ours: bool,
+    pdl: bool,
+) -> torch.Tensor:
+    """Return norm(residual + x @ weight^T + bias); `residual` is overwritten with the sum."""
+    if ours and _beats_cublas(x, weights[0], "norm"):
+        return batch_linear.linear_norm(x, *weights, residual, norm.weight, norm.eps, pdl=pdl)
+    return rms_norm(product(x), norm.weight, norm.eps, residual, pdl=pdl)
+
+
+def _beats_cublas(x: torch.Tensor, weight: torch.Tensor, epilogue: batch_linear.Epilogue) -> bool:
+    """Return whether our product of x [T, K] and weight [N, K], with what follows it, measured faster than cuBLAS."""
+    num_outputs, num_inputs = weight.shape
+    if epilogue == "silu_mul":
+        num_outputs //= 2
+    return batch_linear.uses_batch_linear(x.shape[0], num_outputs, num_inputs, epilogue)
+
+
+def _run_small_batch(
+    model: LlamaModel, hidden: torch.Tensor, positions: torch.Tensor, attn_metadata: AttentionMetadata, pdl: bool
+) -> torch.Tensor:
+    linear, norm_linear, norm_gate_up = (
+        small_batch_linear.linear,
+        small_batch_linear.norm_linear,
+        small_batch_linear.norm_gate_up,
+    )
+    for layer in _layers_of(model):
+        norm = layer.input_norm
+        qkv, _ = norm_linear(hidden, None, norm.weight, norm.eps, *layer.qkv_weights, pdl=pdl)
+        attended = _attend(layer, qkv, positions, attn_metadata, pdl)
+        hidden = linear(attended, *layer.o_weights, residual=hidden, pdl=pdl)
+        norm = layer.post_norm
+        activated, _ = norm_gate_up(hidden, None, norm.weight, norm.eps, *layer.gate_up_weights, pdl=pdl)
+        hidden = linear(activated, *layer.down_weights, residual=hidden, pdl=pdl)
+    return rms_norm(hidden, model.norm.weight, model.norm.variance_epsilon, pdl=pdl)
+
+
+def _run_on_cpu(
+    model: LlamaModel, hidden: torch.Tensor, positions: torch.Tensor, attn_metadata: AttentionMetadata
+) -> torch.Tensor:
+    for layer in _layers_of(model):
+        norm = layer.input_norm
+        normed = cpu_kernels.rms_norm(hidden, norm.weight, norm.eps)
+        attended = _attend(layer, layer.qkv_proj(normed), positions, attn_metadata, pdl=False)
+        norm = layer.post_norm
+        if hidden.shape[0] <= layer.kernel_rows:
+            cpu_kernels.linear(attended, *layer.o_weights, residual=hidden)  # adds to hidden in place
+            normed = cpu_kernels.rms_norm(hidden, norm.weight, norm.eps)
+            activated = cpu_kernels.linear_silu_and_mul(normed, *layer.gate_up_weights)
+            cpu_kernels.linear(activated, *layer.down_weights, residual=hidden)
+        else:
+            normed = cpu_kernels.rms_norm(layer.o_proj(attended), norm.weight, norm.eps, hidden)
+            hidden.add_(layer.down_proj(cpu_kernels.silu_and_mul(layer.gate_up_proj(normed))))
+    return cpu_kernels.rms_norm(hidden, model.norm.weight, model.norm.variance_epsilon)
+
+
+def _attend(
+    layer: _Layer, qkv: torch.Tensor, positions: torch.Tensor, attn_metadata: AttentionMetadata, pdl: bool
+) -> torch.Tensor:
+    """Return the attended values [T, H * D] for the projection's output [T, (H + 2 Hkv) * D], which is overwritten."""
+    query = qk_norm_rope_write_kv(
+        qkv,
+        positions,
+        layer.cos_sin_cache,
+        layer.query_norm_weight,
+        layer.key_norm_weight,
+        layer.head_norm_eps,
+        layer.attn.kv_cache,
+        attn_metadata.slot_mapping,
+        layer.attn.num_heads,
+        layer.attn.num_kv_heads,
+        layer.attn.k_scale,
+        layer.attn.v_scale,
+        pdl=pdl,
+    )
+    return layer.attn.forward(query, None, None, attn_metadata)
+
+
+class _Norm:
+    """What of an RMSNorm its kernels take."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        self.weight = norm.weight
+        self.eps = norm.variance_epsilon
+
+
+class _Layer:
+    """What of a decoder layer the kernels take, looked up once: nn.Module's look-ups cost 0.5 ms a step on a CPU."""
+
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.attn: Attention = attention.attn
+        self.input_norm, self.post_norm = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
+        query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self.query_norm_weight = None if query_norm is None else query_norm.weight
+        self.key_norm_weight = None if key_norm is None else key_norm.weight
+        self.head_norm_eps: float = 0.0 if query_norm is None else query_norm.variance_epsilon
+        self.cos_sin_cache: torch.Tensor = attention.rotary_emb.cos_sin_cache
+        self.qkv_proj, self.qkv_weights = _product(attention.qkv_proj)
+        self.o_proj, self.o_weights = _product(attention.o_proj)
+        self.gate_up_proj, self.gate_up_weights = _product(mlp.gate_up_proj)
+        self.down_proj, self.down_weights = _product(mlp.down_proj)
+        methods = [p.quant_method for p in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)]
+        self.is_unquantized = all(type(method) is UnquantizedLinearMethod for method in methods)
+        # Up to how many rows the CPU kernel multiplies; 0: not at all.
+        self.kernel_rows = min(method.kernel_rows for method in methods) if self.is_unquantized else 0
+
+
+def _product(projection: LinearBase) -> tuple[Callable[[torch.Tensor], torch.Tensor], tuple[Any, Any]]:
+    """Return a projection as a function, and its weight and bias (None, None where it is quantized)."""
+    return projection.forward, (getattr(projection, "weight", None), projection.bias)
+
+
+def _layers_of(model: LlamaModel) -> list[_Layer]:
+    if model.fused_layers is None:
+        model.fused_layers = [_Layer(layer) for layer in model.layers]
+    layers: list[_Layer] = model.fused_layers
+    return layers
+
+
+def takes_small_batch(model: LlamaModel, hidden: torch.Tensor) -> bool:
+    """Return whether the small-batch kernels can run these rows and are the faster ones."""
+    num_rows, hidden_size = hidden.shape
+    if model.deterministic or not small_batch_linear.runs_on_triton(hidden):
+        return False
+    return (num_rows == 1 or hidden_size <= SMALL_BATCH_HIDDEN_SIZE) and _layers_of(model)[0].is_unquantized
+
+
+_PDL: dict[torch.device, bool] = {}
+
+
+def supports_pdl(device: torch.device) -> bool:
+    """Return whether kernels may be launched before the one ahead of them has ended: Hopper and later."""
+    if device not in _PDL:
+        _PDL[device] = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return _PDL[device]

@@ -1,0 +1,308 @@
+"""GPUModelRunner: a step on CUDA, launched without ever waiting for the device (vLLM: `v1/worker/gpu_model_runner.py`).
+
+    host     schedule k+1 | pack, copy, launch k+1 | wait for the tokens of k | update k | schedule k+2 ...
+    device   =============== step k ===============|=============== step k+1 ===============|
+
+A step of nothing but decodes replays a CUDA graph (cuda_graph.py); one with prompt chunks launches its kernels one by
+one, which costs little beside their run time. Sampled tokens stay in `inputs.sampled`, where the next step finds them;
+the copy to the host runs behind the device's back (StepInFlight).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from folovllm.attention.backends.abstract import AttentionBackend, AttentionMetadata
+from folovllm.attention.backends.paged_triton import TritonPagedBackend
+from folovllm.config import VllmConfig
+from folovllm.kv_cache_interface import KVCacheConfig
+from folovllm.model_executor.models.fused_decoder import supports_pdl
+from folovllm.outputs import LogprobsTensors, PendingOutput
+from folovllm.sample.metadata import SamplingMetadata
+from folovllm.sample.ops.fused_sampler import can_sample_on_device, sample_tokens
+from folovllm.utils.common import cdiv
+from folovllm.worker.block_table import PADDING_SLOT
+from folovllm.worker.cuda_graph import SAMPLING_KINDS, DecodeGraphs
+from folovllm.worker.model_runner import ModelRunner, StepLayout
+from folovllm.worker.step_in_flight import NO_WATCH, NothingToCompute, StepWatch
+from folovllm.worker.step_inputs import StepInputs
+
+if TYPE_CHECKING:
+    from folovllm.core.sched.output import SchedulerOutput
+    from folovllm.model_executor.model_loader.source import ModelSource
+
+GRAPH_OVERHEAD_BYTES = 2 << 20
+"""What one more recorded size takes, its share of the driver's memory included; measured on an H100."""
+COMPILE_THREADS = 12
+"""Kernels compiled at a time at the start."""
+SIZES_OF_THEIR_OWN_KERNELS = (1, 2, 16, 24, 64, 128, 256)
+"""Decode sizes that together use every kernel: one for each tile of the products and of attention."""
+PDL_MAX_DECODES = 16
+"""In larger batches starting the next kernel early slows attention down (docs/dev/milestone_4.md)."""
+
+
+class GPUModelRunner(ModelRunner):
+    """ModelRunner with inputs packed into one copy, fused kernels and CUDA graphs."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, device: torch.device, dtype: torch.dtype, attn_backend: type[AttentionBackend]
+    ) -> None:
+        """See ModelRunner; the device tensors come with load_model."""
+        super().__init__(vllm_config, device, dtype, attn_backend)
+        self.max_num_reqs = vllm_config.scheduler_config.max_num_seqs
+        self.graphs: DecodeGraphs | None = None
+        self.inputs: StepInputs
+        self._logits: torch.Tensor
+        self._temperature: torch.Tensor
+        self._top_k: torch.Tensor
+        self._top_p: torch.Tensor
+        self._seeds: torch.Tensor
+        self._sampling_version = -1
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether decode steps are recorded: unless told not to, with a backend that can be."""
+        return not self.model_config.enforce_eager and issubclass(self.attn_backend, TritonPagedBackend)
+
+    def load_model(self, source: ModelSource, use_tqdm: bool) -> int:
+        """See ModelRunner; also reserves the tensors that every step uses, so that they count as taken memory."""
+        num_bytes = super().load_model(source, use_tqdm)
+        n, device = self.max_num_reqs, self.device
+        max_num_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
+        self.inputs = StepInputs(max_num_tokens, n, cdiv(self.max_model_len, self.block_size), device)
+        vocab_size = self.model_config.get_vocab_size()
+        self._logits = torch.zeros((n, vocab_size), dtype=self.dtype, device=device)
+        self._temperature = torch.zeros(n, dtype=torch.float32, device=device)
+        self._top_k = torch.full((n,), vocab_size, dtype=torch.int32, device=device)
+        self._top_p = torch.ones(n, dtype=torch.float32, device=device)
+        self._seeds = torch.zeros(n, dtype=torch.int64, device=device)
+        self._query_starts = torch.arange(n + 1, dtype=torch.int32, device=device)
+        return num_bytes
+
+    @torch.inference_mode()
+    def compile_kernels(self) -> None:
+        """Compile the kernels of the decode sizes, of sampling and of a mixed step, several at a time.
+
+        Each step is launched once, over a scratch cache, from its own thread: the compiler works outside of Python's
+        lock. All sequence lengths are 0, so that nothing is read or written that launches side by side would share.
+        The largest size goes first and alone: it has the kernels that all sizes share.
+        """
+        if not issubclass(self.attn_backend, TritonPagedBackend):
+            return
+        sizes = self.graph_sizes()
+        jobs: list[Callable[[], None]] = [
+            partial(self.launch_decode, size) for size in sizes if size in SIZES_OF_THEIR_OWN_KERNELS
+        ]
+        jobs += [partial(self.launch_sampling, 1, kind) for kind in SAMPLING_KINDS]
+        jobs.append(self._launch_mixed_step)
+        with self._scratch_cache(1), ThreadPoolExecutor(COMPILE_THREADS) as pool:
+            if sizes:
+                _in_inference_mode(partial(self.launch_decode, sizes[-1]), self.device)
+            futures = [pool.submit(_in_inference_mode, job, self.device) for job in jobs]
+            for future in futures:
+                future.result()
+        torch.cuda.synchronize(self.device)
+
+    def _launch_mixed_step(self) -> None:
+        """Launch a step of a chunk and a decode, both of null requests."""
+        layout = StepLayout(
+            input_ids=np.zeros(3, dtype=np.int32),
+            positions=np.array([0, 1, 0], dtype=np.int64),
+            slot_mapping=np.full(3, PADDING_SLOT, dtype=np.int64),
+            query_start_loc=np.array([0, 2, 3], dtype=np.int32),
+            seq_lens=np.array([2, 1], dtype=np.int32),
+        )
+        device = self.device
+        metadata = layout.metadata(
+            query_start_loc=torch.from_numpy(layout.query_start_loc).to(device),
+            seq_lens=torch.from_numpy(layout.seq_lens).to(device),
+            block_table=torch.zeros_like(self.inputs.block_table[:2]),
+            slot_mapping=torch.from_numpy(layout.slot_mapping).to(device),
+        )
+        metadata = self.attn_backend.build_metadata(metadata, self.block_size, self.dtype)
+        ids = torch.zeros(3, dtype=torch.int64, device=device)
+        self.model(ids, torch.from_numpy(layout.positions).to(device), metadata)
+
+    def graph_sizes(self) -> list[int]:
+        """Return the decode batch sizes to record."""
+        return self.vllm_config.compilation_config.graph_sizes(self.max_num_reqs) if self.uses_graphs else []
+
+    @torch.inference_mode()
+    def profile_graph_memory(self) -> int:
+        """Return about how many bytes the graphs will take: the largest is recorded on trial, over a scratch cache."""
+        sizes = self.graph_sizes()
+        if not sizes:
+            return 0
+        torch.cuda.synchronize(self.device)
+        free_before = torch.cuda.mem_get_info(self.device)[0]
+        with self._scratch_cache(1):
+            trial = DecodeGraphs(self, sizes[-1:])
+            trial.record()
+            torch.cuda.synchronize(self.device)
+            taken = free_before - torch.cuda.mem_get_info(self.device)[0]
+            del trial
+        return max(0, taken) + (len(sizes) - 1) * GRAPH_OVERHEAD_BYTES
+
+    @torch.inference_mode()
+    def record_graphs(self) -> None:
+        """Record all decode sizes; the KV cache must be bound."""
+        sizes = self.graph_sizes()
+        if sizes:
+            self.graphs = DecodeGraphs(self, sizes)
+            self.graphs.record()
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig) -> int:
+        """See ModelRunner."""
+        num_bytes = super().initialize_kv_cache(kv_cache_config)
+        self.inputs.block_table.zero_()  # padding rows of a recorded step point to the null block
+        return num_bytes
+
+    # What the graphs record. Only (size, kind) and persistent tensors may matter here.
+
+    def launch_decode(self, size: int) -> None:
+        """Launch a decode step of `size` rows, from the packed inputs to `_logits`."""
+        inputs = self.inputs
+        inputs.unpack(size, size)
+        assert issubclass(self.attn_backend, TritonPagedBackend)
+        metadata = self.attn_backend.build_decode_metadata(
+            size,
+            self.max_model_len,
+            query_start_loc=self._query_starts[: size + 1],
+            seq_lens=inputs.seq_lens[:size],
+            block_table=inputs.block_table[:size],
+            slot_mapping=inputs.slot_mapping[:size],
+            pdl=size <= PDL_MAX_DECODES and supports_pdl(self.device),
+        )
+        hidden = self.model(inputs.input_ids[:size], inputs.positions[:size], metadata)
+        self.model.lm_head.compute_into(self._logits[:size], hidden)
+
+    def launch_sampling(self, num_reqs: int, kind: str) -> None:
+        """Launch the sampling of `num_reqs` rows of `_logits` into `inputs.sampled`."""
+        restricted = kind == "restricted"
+        sample_tokens(
+            self._logits[:num_reqs],
+            None if kind == "greedy" else self._temperature[:num_reqs],
+            self._top_k[:num_reqs] if restricted else None,
+            self._top_p[:num_reqs] if restricted else None,
+            self._seeds[:num_reqs],
+            self.inputs.draw_positions[:num_reqs],
+            out=self.inputs.sampled[:num_reqs],
+        )
+
+    # A step.
+
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output: SchedulerOutput) -> PendingOutput:
+        """See ModelRunner."""
+        watch = StepWatch() if self.collect_step_times else NO_WATCH
+        self._update_states(scheduler_output)
+        if scheduler_output.total_num_scheduled_tokens == 0:
+            return NothingToCompute()
+        num_scheduled = self._scheduled_per_slot(scheduler_output)
+        layout = self._lay_out(num_scheduled)
+        graph_size = 0
+        if self.graphs is not None and layout.num_tokens == layout.num_reqs and not self.num_prompt_logprobs:
+            graph_size = self.graphs.padded_size(layout.num_reqs) or 0
+        metadata = self._send(layout, graph_size)
+        watch.lap("prepare")
+        prompt_logprobs: dict[str, LogprobsTensors | None] = {}
+        if graph_size:
+            assert self.graphs is not None
+            self.graphs.replay(graph_size)
+        else:
+            num_tokens = layout.num_tokens
+            self.inputs.unpack(num_tokens, layout.num_reqs)
+            hidden = self.model(self.inputs.input_ids[:num_tokens], self.inputs.positions[:num_tokens], metadata)
+            prompt_logprobs = self._gather_prompt_logprobs(hidden, num_scheduled, metadata)
+            last_rows = metadata.query_start_loc[1:] - 1
+            self.model.lm_head.compute_into(self._logits[: layout.num_reqs], hidden[last_rows])
+        watch.lap("forward")
+        tokens, logprobs = self._draw_tokens(metadata, graph_size)
+        step = self._launched(tokens, num_scheduled, logprobs, prompt_logprobs)
+        watch.lap("sample")
+        step.step_times = watch.times
+        return step
+
+    def _send(self, layout: StepLayout, graph_size: int) -> AttentionMetadata:
+        """Start the copy of the step's inputs; return its metadata (of the eager launch, where there is one)."""
+        inputs = self.inputs
+        num_tokens = graph_size or layout.num_tokens
+        num_reqs = graph_size or layout.num_reqs
+        inputs.begin()
+        inputs.pack(layout.input_ids, num_tokens)
+        inputs.pack(self._source_rows(layout), num_tokens, padding=-1)
+        inputs.pack(layout.positions, num_tokens)
+        inputs.pack(layout.slot_mapping, num_tokens, padding=PADDING_SLOT)
+        inputs.pack(layout.seq_lens, num_reqs)
+        query_start_loc = inputs.pack(layout.query_start_loc)
+        rows, values = self.input_batch.block_table.take_changed_rows()
+        if len(rows):
+            changed = inputs.pack(rows), inputs.pack(values)
+        inputs.send()
+        if len(rows):
+            inputs.write_block_table(*changed)
+        metadata = layout.metadata(
+            query_start_loc=query_start_loc,
+            seq_lens=inputs.seq_lens[: layout.num_reqs],
+            block_table=inputs.block_table[: layout.num_reqs],
+            slot_mapping=inputs.slot_mapping[: layout.num_tokens],
+        )
+        if graph_size:
+            return metadata
+        return self.attn_backend.build_metadata(metadata, self.block_size, self.dtype)
+
+    def _source_rows(self, layout: StepLayout) -> np.ndarray:
+        """Return [T] int32: the row of `inputs.sampled` that holds a token which the host does not know, else -1."""
+        source = np.full(layout.num_tokens, -1, dtype=np.int32)
+        last = self.last_step
+        if last is None or last.landed:
+            return source
+        last_rows = layout.query_start_loc[1:] - 1
+        if last.batch_version == self.input_batch.version:
+            source[last_rows[last.complete]] = last.complete
+        else:
+            slots, rows = last.rows_for(self.input_batch.req_ids)
+            source[last_rows[slots]] = rows
+        return source
+
+    def _draw_tokens(self, metadata: AttentionMetadata, graph_size: int) -> tuple[torch.Tensor, LogprobsTensors | None]:
+        """Return the step's tokens [B] and the log probabilities that are wanted, on the device."""
+        num_reqs = metadata.num_reqs
+        sampled = self.inputs.sampled[:num_reqs]
+        sampling_metadata = self.input_batch.sampling_metadata
+        if not can_sample_on_device(sampling_metadata):
+            tokens, logprobs = self._draw(self._logits[:num_reqs], metadata)
+            return sampled.copy_(tokens), logprobs
+        kind = self._load_sampling_params(sampling_metadata, num_reqs)
+        if graph_size:
+            assert self.graphs is not None
+            self.graphs.replay_sampling(graph_size, kind)
+        else:
+            self.launch_sampling(num_reqs, kind)
+        return sampled, None
+
+    def _load_sampling_params(self, metadata: SamplingMetadata, num_reqs: int) -> str:
+        """Copy the parameters to where the graphs read them, if the batch has changed; return the sampling kind."""
+        if self._sampling_version != self.input_batch.version:
+            self._sampling_version = self.input_batch.version
+            if metadata.temperature is not None:
+                self._temperature[:num_reqs].copy_(metadata.temperature)
+            self._top_k[:num_reqs] = metadata.top_k if metadata.top_k is not None else self._logits.shape[1]
+            self._top_p[:num_reqs] = metadata.top_p if metadata.top_p is not None else 1.0
+            if metadata.seeds is not None:
+                self._seeds[:num_reqs].copy_(metadata.seeds)
+        if metadata.all_greedy:
+            return "greedy"
+        return "temperature" if metadata.top_k is None and metadata.top_p is None else "restricted"
+
+
+def _in_inference_mode(job: Callable[[], None], device: torch.device) -> None:
+    """Run `job` in this thread as the main one would: torch's modes and streams belong to threads."""
+    with torch.inference_mode(), torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+        job()

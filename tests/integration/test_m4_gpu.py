@@ -1,0 +1,184 @@
+"""M4 on a CUDA device: graphs, overlap, fused kernels and backends change speed, never tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from folovllm import LLM, SamplingParams
+from tests.tiny_models import VOCAB_SIZE, save_tiny_model
+
+pytestmark = pytest.mark.gpu
+
+Tokens = list[list[int]]
+
+
+@pytest.fixture(autouse=True)
+def exact_float32_matmul() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def make_llm(path: Path, **options: Any) -> LLM:
+    options = {"max_num_seqs": 16, "max_num_batched_tokens": 64, "kv_cache_memory_bytes": 1 << 24, **options}
+    return LLM(str(path), device="cuda", skip_tokenizer_init=True, **options)
+
+
+def prompts(lengths: list[int]) -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(8)
+    return [{"prompt_token_ids": torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist()} for n in lengths]
+
+
+LENGTHS = [1, 2, 15, 16, 17, 31, 33, 64, 90, 5, 7, 40]
+
+
+def mixed_params() -> list[SamplingParams]:
+    """Greedy, plain temperature, top-k, top-p, both, and some that the device sampler leaves to the host."""
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 0.8},
+        {"temperature": 1.0, "top_k": 5},
+        {"temperature": 1.2, "top_p": 0.8},
+        {"temperature": 0.7, "top_k": 20, "top_p": 0.9},
+        {"temperature": 0},
+    ]
+    return [
+        SamplingParams(max_tokens=20 + i, ignore_eos=True, seed=i, **kinds[i % len(kinds)]) for i in range(len(LENGTHS))
+    ]
+
+
+def generate(llm: LLM, params: SamplingParams | list[SamplingParams]) -> Tokens:
+    outputs = llm.generate(prompts(LENGTHS), params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("qwen3")
+    save_tiny_model(path, "qwen3")
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> Tokens:
+    """The plainest engine: the oracle's attention, no graphs, no overlap, one request at a time."""
+    llm = make_llm(
+        model,
+        dtype="float32",
+        attention_backend="torch_naive",
+        enforce_eager=True,
+        async_scheduling=False,
+        max_num_seqs=1,
+        max_num_batched_tokens=256,
+        enable_prefix_caching=False,
+    )
+    return generate(llm, mixed_params())
+
+
+@pytest.mark.parametrize("async_scheduling", [True, False])
+@pytest.mark.parametrize("enforce_eager", [True, False])
+@pytest.mark.parametrize("backend", ["paged", "torch_naive"])
+def test_float32_tokens_are_those_of_the_plainest_engine(
+    model: Path, expected: Tokens, backend: str, enforce_eager: bool, async_scheduling: bool
+) -> None:
+    llm = make_llm(
+        model,
+        dtype="float32",
+        attention_backend=backend,
+        enforce_eager=enforce_eager,
+        async_scheduling=async_scheduling,
+    )
+    runner = llm.llm_engine.executor.worker.model_runner
+    assert (runner.graphs is not None) == (backend == "paged" and not enforce_eager)
+    for _ in range(2):  # the second time out of the prefix cache
+        assert generate(llm, mixed_params()) == expected
+
+
+@pytest.mark.parametrize("block_size", [1, 8, 16, 64])
+@pytest.mark.parametrize("budget", [17, 64, 1024])
+def test_block_size_and_chunks_change_nothing(model: Path, expected: Tokens, block_size: int, budget: int) -> None:
+    llm = make_llm(model, dtype="float32", block_size=block_size, max_num_batched_tokens=budget)
+    assert generate(llm, mixed_params()) == expected
+
+
+def test_preemption_storm_with_graphs(model: Path, expected: Tokens) -> None:
+    llm = make_llm(model, dtype="float32", num_gpu_blocks_override=18, kv_cache_memory_bytes=None)
+    assert generate(llm, mixed_params()) == expected
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    scheduler.kv_cache_manager.check_integrity()
+    assert scheduler._num_preemptions > 0
+
+
+def test_host_side_sampling_beside_graphs(model: Path) -> None:
+    """Penalties, log probabilities and bad words sample eagerly from the graph's logits."""
+    params = [
+        SamplingParams(temperature=0.9, seed=i, max_tokens=24, ignore_eos=True, logprobs=2, repetition_penalty=1.3)
+        if i % 2
+        else SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, presence_penalty=0.5, min_tokens=4)
+        for i in range(len(LENGTHS))
+    ]
+    graph = generate(make_llm(model, dtype="float32"), params)
+    eager = generate(make_llm(model, dtype="float32", enforce_eager=True, async_scheduling=False), params)
+    assert graph == eager
+
+
+def test_padding_to_a_captured_size_is_invisible(model: Path, expected: Tokens) -> None:
+    llm = make_llm(model, dtype="float32", cuda_graph_sizes=[16])
+    assert llm.llm_engine.executor.worker.model_runner.graph_sizes() == [16]
+    assert generate(llm, mixed_params()) == expected
+
+
+def test_no_memory_growth_over_two_thousand_steps(model: Path) -> None:
+    llm = make_llm(model, max_num_seqs=4)
+    params = SamplingParams(temperature=0.9, max_tokens=120, ignore_eos=True)
+    generate(llm, params)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
+    steps = 0
+    while steps < 2000:
+        for i, prompt in enumerate(prompts(LENGTHS)):
+            llm.llm_engine.add_request(f"{steps}-{i}", prompt, params)
+        while llm.llm_engine.has_unfinished_requests():
+            llm.llm_engine.step()
+            steps += 1
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() - before[0] < 1 << 20
+    assert before[1] - torch.cuda.mem_get_info()[0] < 32 << 20
+
+
+def test_fp8_cache_holds_twice_the_tokens_and_speaks_like_bfloat16(model: Path) -> None:
+    caches = {}
+    for dtype in ("auto", "fp8"):
+        llm = make_llm(model, dtype="bfloat16", kv_cache_dtype=dtype)
+        caches[dtype] = llm.llm_engine.engine_core.engine_core.kv_cache_config.num_blocks
+        tokens = generate(llm, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
+        assert all(len(t) == 8 for t in tokens)
+    assert caches["fp8"] == pytest.approx(2 * caches["auto"], abs=2)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama-biases"])
+def test_deterministic_gives_the_same_bits_alone_and_in_a_crowd(name: str, tmp_path: Path) -> None:
+    """bfloat16, where any other order of a sum shows; log probabilities compare bit for bit."""
+    save_tiny_model(tmp_path, name)
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=2)
+    results = []
+    for max_num_seqs in (1, 16):
+        llm = make_llm(
+            tmp_path,
+            dtype="bfloat16",
+            deterministic=True,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=256,
+            enable_prefix_caching=False,
+        )
+        outputs = [output.outputs[0] for output in llm.generate(prompts(LENGTHS), params, use_tqdm=False)]
+        results.append(
+            [(list(o.token_ids), [sorted((i, p.logprob) for i, p in d.items()) for d in o.logprobs]) for o in outputs]
+        )
+    assert results[0] == results[1]
+
+
+def test_deterministic_tokens_are_the_plainest_engines(model: Path, expected: Tokens) -> None:
+    assert generate(make_llm(model, dtype="float32", deterministic=True), mixed_params()) == expected
