@@ -183,7 +183,7 @@ class CacheConfig:
             remedy="Block 0 is the null block.",
         )
         check_choice("prefix_caching_hash_algo", self.prefix_caching_hash_algo, HASH_ALGORITHMS)
-        check_choice("cache_dtype", self.cache_dtype, KV_CACHE_DTYPES)
+        check_choice("kv_cache_dtype", self.cache_dtype, KV_CACHE_DTYPES)
 
 
 @dataclass

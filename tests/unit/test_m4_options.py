@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ({"kv_cache_dtype": "fp8"}, r"kv_cache_dtype='fp8' needs an attention backend on CUDA.* not paged on cpu"),
         ({"kv_cache_dtype": "fp8", "attention_backend": "torch_naive"}, "not torch_naive on cpu"),
-        ({"kv_cache_dtype": "int8"}, r"cache_dtype='int8' must be one of auto, fp8"),
+        ({"kv_cache_dtype": "int8"}, r"kv_cache_dtype='int8' is not supported; choose one of 'auto', 'fp8'"),
         ({"deterministic": True}, r"deterministic=True is for CUDA; this engine runs on cpu"),
         ({"deterministic": "yes"}, r"deterministic='yes' must be True or False"),
         ({"cuda_graph_sizes": []}, r"cuda_graph_sizes=\[\] must be a list of batch sizes"),
