@@ -60,7 +60,7 @@ def run_layers(
     layers = _layers_of(model)
     norms = [layer.input_norm for layer in layers[1:]] + [_Norm(model.norm)]
     # Our own products of medium batches, for the shapes where they measured faster than cuBLAS.
-    ours = pdl and not model.deterministic and layers[0].is_unquantized and batch_linear.runs_on_triton(hidden)
+    ours = pdl and not model.deterministic and layers[0].is_plain and batch_linear.runs_on_triton(hidden)
     hidden = rms_norm(hidden, layers[0].input_norm.weight, layers[0].input_norm.eps, pdl=pdl)
     for layer, next_norm in zip(layers, norms, strict=True):
         if ours and _beats_cublas(hidden, layer.qkv_weights[0], "none"):
@@ -186,6 +186,9 @@ class _Layer:
         self.down_proj, self.down_weights = _product(mlp.down_proj)
         methods = [p.quant_method for p in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)]
         self.is_unquantized = all(type(method) is UnquantizedLinearMethod for method in methods)
+        weights = (self.qkv_weights, self.o_weights, self.gate_up_weights, self.down_weights)
+        # Without biases, as the shapes of batch_linear.MEASURED were.
+        self.is_plain = self.is_unquantized and all(bias is None for _, bias in weights)
         # Up to how many rows the CPU kernel multiplies; 0: not at all.
         self.kernel_rows = min(method.kernel_rows for method in methods) if self.is_unquantized else 0
 
