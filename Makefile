@@ -21,7 +21,8 @@ help:  ## Show this list
 
 demo: $(VENV)/.demo-stamp  ## Install the package, get a small chat model and print its answers
 	$(STEP) "demo: two prompts, the default model (its first use downloads about 90 MB)"
-	$(BIN)/folovllm generate "What is the capital of France?" "Why is the sky blue?" --max-tokens 80 --temperature 0
+	$(BIN)/folovllm generate "What is the capital of France?" "Why is the sky blue?" --max-tokens 80 --temperature 0 \
+		--dtype float32  # so that every machine prints the same: in bfloat16 a close call may go either way
 
 test: lint  ## Lint, then all tests with coverage, then the bad-input tests under python -O
 	$(STEP) "pytest, with coverage"

@@ -132,7 +132,7 @@ typedef struct {
     void *packed;             /* x as the kernel wants it, or NULL */
     int64_t M, K, N, ldx;     /* ldx: elements from one row of x to the next */
     int silu_mul;             /* w is [2 N, K], gate | up, and out = silu(gate) * up */
-    int out_float;            /* out is float32, holding the rounded product (logits) */
+    int out_float;            /* out is float32 and not rounded (logits) */
 } linear_t;
 
 typedef struct {

@@ -59,7 +59,7 @@ static void NAME(linear_body)(void *args, int thread, int num_threads) {
                 }
                 if (residual) y = NAME(rounded)(y) + LOAD(residual[m * a->N + n + j]);
                 if (a->out_float)
-                    ((float *)a->out)[m * a->N + n + j] = NAME(rounded)(y);
+                    ((float *)a->out)[m * a->N + n + j] = y;
                 else
                     ((T_ *)a->out)[m * a->N + n + j] = STORE(y);
             }

@@ -61,7 +61,7 @@ static inline void store_row(const linear_t *a, int64_t m, int64_t n, __mmask16 
     if (a->residual)
         sum = _mm512_add_ps(round16(sum), widen16_masked(mask, (const bf16 *)a->residual + m * a->N + n));
     if (a->out_float)
-        _mm512_mask_storeu_ps((float *)a->out + m * a->N + n, mask, round16(sum));
+        _mm512_mask_storeu_ps((float *)a->out + m * a->N + n, mask, sum);
     else
         _mm256_mask_storeu_epi16((bf16 *)a->out + m * a->N + n, mask, narrow16(sum));
 }

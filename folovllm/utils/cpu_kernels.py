@@ -248,7 +248,7 @@ def linear(
         weight: [N, K], contiguous.
         bias: [N] or None.
         residual: [M, N] contiguous or None: the rounded product is added to it in place, and it is what is returned.
-        float_output: return the rounded product as float32 (logits).
+        float_output: return the product as float32, not rounded (logits: bfloat16 makes ties of what is not equal).
     """
     num_rows, num_inputs = x.shape
     num_outputs = weight.shape[0]

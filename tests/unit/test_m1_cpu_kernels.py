@@ -61,7 +61,8 @@ def test_linear(num_inputs: int, num_outputs: int, dtype: torch.dtype) -> None:
         assert_near(cpu_kernels.linear(x, weight, bias), product + bias.double())
         rounded = cpu_kernels.linear(x, weight)
         floats = cpu_kernels.linear(x, weight, float_output=True)
-        assert floats.dtype == torch.float32 and torch.equal(floats, rounded.float())
+        assert floats.dtype == torch.float32 and torch.equal(floats.to(dtype), rounded)
+        torch.testing.assert_close(floats.double(), product, rtol=1e-4, atol=1e-3)
         expected = residual + rounded
         assert cpu_kernels.linear(x, weight, residual=residual) is residual
         assert torch.equal(residual, expected), "rounded, then added: as torch's two operators do"

@@ -58,7 +58,7 @@ class ParallelLMHead(VocabParallelEmbedding):
                 self.weight = nn.Parameter(torch.empty(0, dtype=self._packed.dtype), requires_grad=False)
 
     def compute(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return logits [n, V], rounded to the model's dtype or float32 holding the same, for hidden_states [n, E]."""
+        """Return logits [n, V], in the model's dtype or float32, for hidden_states [n, E]."""
         if self.deterministic:
             return batch_linear.deterministic_linear(hidden_states, self.weight)
         if hidden_states.shape[0] <= self._kernel_rows:
