@@ -293,9 +293,8 @@ class CompilationConfig:
             check_range("cuda_graph_sizes", size, low=1)
 
     def graph_sizes(self, max_num_seqs: int) -> list[int]:
-        """Return the batch sizes to record, ascending, none above `max_num_seqs`."""
-        sizes = self.cuda_graph_sizes or default_graph_sizes(max_num_seqs)
-        return sorted({min(size, max_num_seqs) for size in sizes})
+        """Return the batch sizes to record, ascending; VllmConfig sees to it that none is above `max_num_seqs`."""
+        return sorted(set(self.cuda_graph_sizes or default_graph_sizes(max_num_seqs)))
 
 
 def default_graph_sizes(max_num_seqs: int) -> list[int]:
@@ -360,3 +359,11 @@ class VllmConfig:
         if self.scheduler_config is None:
             assert self.model_config.max_model_len is not None
             self.scheduler_config = SchedulerConfig(max_model_len=self.model_config.max_model_len)
+        sizes = self.compilation_config.cuda_graph_sizes
+        if sizes is not None and self.model_config.enforce_eager:
+            raise ValueError(f"cuda_graph_sizes={sizes!r} contradicts enforce_eager=True: leave one of them out.")
+        if sizes is not None and max(sizes) > self.scheduler_config.max_num_seqs:
+            raise ValueError(
+                f"cuda_graph_sizes={sizes!r}: {max(sizes)} is above max_num_seqs={self.scheduler_config.max_num_seqs}, "
+                "so no batch is ever that large. Raise max_num_seqs, or leave that size out."
+            )

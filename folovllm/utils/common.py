@@ -8,6 +8,7 @@ import os
 import struct
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 GiB = 1 << 30
@@ -146,6 +147,19 @@ def get_hash_fn_by_name(name: str) -> Callable[[Any], bytes]:
     """Return the hash function called `name` ("sha256"); ValueError for any other."""
     check_choice("prefix_caching_hash_algo", name, ("sha256",))
     return sha256
+
+
+def default_cache_dir() -> Path:
+    """FOLOVLLM_CACHE, else `folovllm` in the user's cache folder of this operating system."""
+    if explicit := os.environ.get("FOLOVLLM_CACHE"):
+        return Path(explicit).expanduser()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "folovllm"
 
 
 def init_logger(name: str) -> logging.Logger:

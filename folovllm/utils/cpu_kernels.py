@@ -31,6 +31,8 @@ from pathlib import Path
 
 import torch
 
+from folovllm.utils.common import default_cache_dir
+
 SOURCES = tuple(
     Path(__file__).parent.parent / "csrc" / name
     for name in ("cpu_kernels.c", "cpu_linear_bf16.h", "cpu_prefill_bf16.h", "cpu_kernels_typed.h")
@@ -83,8 +85,15 @@ class CompilationFailed(Exception):
 
 @functools.cache
 def available() -> tuple[bool, str]:
-    """Compile or find the library and load it, once per process; return whether it can be used, and why (not)."""
-    if os.environ.get("FOLOVLLM_CPU_KERNELS", "1") == "0":
+    """Compile or find the library and load it, once per process; return whether it can be used, and why (not).
+
+    Raises:
+        ValueError: the environment variable FOLOVLLM_CPU_KERNELS is neither 0 nor 1.
+    """
+    switch = os.environ.get("FOLOVLLM_CPU_KERNELS", "1")
+    if switch not in ("0", "1"):
+        raise ValueError(f"FOLOVLLM_CPU_KERNELS={switch!r} must be 0 (torch's operators) or 1 (the kernels); unset it.")
+    if switch == "0":
         return False, SWITCHED_OFF
     if os.name != "posix":
         return False, f"not on {platform.system()}"
@@ -123,17 +132,6 @@ def linear_row_limit(weight: torch.Tensor) -> int:
 # Compiling and loading.
 
 
-def cache_folder() -> Path:
-    """Return where libraries are kept: `kernels` in FOLOVLLM_CACHE, or in `folovllm` in the user's cache folder."""
-    if explicit := os.environ.get("FOLOVLLM_CACHE"):
-        return Path(explicit).expanduser() / "kernels"
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "folovllm" / "kernels"
-
-
 def _find_compiler() -> list[str]:
     named = shlex.split(os.environ.get("CC", ""))
     for command in [named] if named else [[name] for name in COMPILERS]:
@@ -152,12 +150,13 @@ def _build() -> tuple[Path, str]:
     key = hashlib.sha256("\0".join([*command, version, _processor()]).encode())
     for source in SOURCES:
         key.update(source.read_bytes())
-    folder = cache_folder()
+    folder = default_cache_dir() / "kernels"
     path = folder / f"cpu_kernels-{key.hexdigest()[:24]}.so"
-    if _is_ours(path):
-        return path, f"compiled before, {path}"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    folder.chmod(0o700)
+    if not _is_ours(folder):  # before anything in it is trusted: whoever owns a folder may swap what it holds
+        raise OSError(f"{folder} belongs to, or may be written by, others; set FOLOVLLM_CACHE to a folder of your own")
+    if path.exists() and _is_ours(path):
+        return path, f"compiled before, {path}"
     # Several processes may do this at once: each compiles in a folder of its own, the rename is atomic.
     with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as temporary:
         built = Path(temporary) / path.name
@@ -167,13 +166,10 @@ def _build() -> tuple[Path, str]:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a library is there that nobody but this user can have put there."""
-    try:
-        status = path.lstat()
-    except OSError:
-        return False
+    """Whether nobody but this user can have written to a file or folder, which is no link."""
+    status = path.lstat()
     others_may_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid() and not others_may_write
+    return not stat.S_ISLNK(status.st_mode) and status.st_uid == os.getuid() and not others_may_write
 
 
 def _run(command: list[str]) -> str:

@@ -27,6 +27,19 @@ class GPUWorker(WorkerBase):
         torch.backends.cuda.enable_cudnn_sdp(False)
         super().init_device()
 
+    def check_options(self, backend: type[AttentionBackend]) -> None:
+        """See WorkerBase."""
+        super().check_options(backend)
+        if self.vllm_config.model_config.deterministic and importlib.util.find_spec("triton") is None:
+            raise ValueError("deterministic=True needs Triton, whose products do not depend on the batch: install it.")
+        capability = torch.cuda.get_device_capability(self.device)
+        if self.vllm_config.cache_config.cache_dtype == "fp8" and capability < (8, 9):
+            name = torch.cuda.get_device_name(self.device)
+            raise ValueError(
+                f"kv_cache_dtype='fp8' needs compute capability 8.9 or later; {name} has "
+                f"{capability[0]}.{capability[1]}. Use 'auto'."
+            )
+
     def determine_available_memory(self) -> int:
         """Return what is left of gpu_memory_utilization after weights and the largest step's activations.
 

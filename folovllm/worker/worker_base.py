@@ -121,7 +121,7 @@ class WorkerBase(ABC):
             self.vllm_config.cache_config.block_size,
             deterministic=model_config.deterministic,
         )
-        self._check_options(backend)
+        self.check_options(backend)
         logger.info("Attention backend: %s (%s).", backend.get_name(), backend_reason)
         self.startup_info = StartupInfo(
             device=self.describe_device(),
@@ -134,18 +134,23 @@ class WorkerBase(ABC):
         """Return the model runner for this device."""
         return ModelRunner(self.vllm_config, self.device, dtype, backend)
 
-    def _check_options(self, backend: type[AttentionBackend]) -> None:
+    def check_options(self, backend: type[AttentionBackend]) -> None:
         """Raise ValueError for options that this device or backend does not have."""
         if self.vllm_config.model_config.deterministic and self.device.type != "cuda":
             raise ValueError(
                 f"deterministic=True is for CUDA; this engine runs on {self.device.type}. Leave it out: with "
                 "max_num_seqs=1 a request's results do not depend on others anywhere."
             )
-        reads_fp8 = self.device.type == "cuda" and backend.takes_written_kv
-        if self.vllm_config.cache_config.cache_dtype == "fp8" and not reads_fp8:
+        if self.vllm_config.cache_config.cache_dtype == "fp8" and not backend.reads_fp8:
             raise ValueError(
                 f"kv_cache_dtype='fp8' needs an attention backend on CUDA that reads it (paged or paged_flash), not "
                 f"{backend.get_name()} on {self.device.type}. Use 'auto'."
+            )
+        sizes = self.vllm_config.compilation_config.cuda_graph_sizes
+        if sizes is not None and backend.written_kv_device != "cuda":
+            raise ValueError(
+                f"cuda_graph_sizes={sizes!r}: steps are recorded on CUDA with attention backend paged or paged_flash, "
+                f"not with {backend.get_name()} on {self.device.type}. Leave it out."
             )
 
     @contextmanager

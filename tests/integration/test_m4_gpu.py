@@ -148,7 +148,7 @@ def test_no_memory_growth_over_two_thousand_steps(model: Path) -> None:
     assert before[1] - torch.cuda.mem_get_info()[0] < 32 << 20
 
 
-def test_fp8_cache_holds_twice_the_tokens_and_speaks_like_bfloat16(model: Path) -> None:
+def test_fp8_cache_holds_twice_the_tokens(model: Path) -> None:
     caches = {}
     for dtype in ("auto", "fp8"):
         llm = make_llm(model, dtype="bfloat16", kv_cache_dtype=dtype)

@@ -286,3 +286,19 @@ def test_no_compiler_and_switched_off(tmp_path: Path) -> None:
     assert available_in(tmp_path, CC="no-such-compiler")[1].startswith("no C compiler")
     assert available_in(tmp_path, FOLOVLLM_CPU_KERNELS="0") == (False, cpu_kernels.SWITCHED_OFF)
     assert not (tmp_path / "kernels").exists()
+
+
+@pytest.mark.usefixtures("once")
+def test_a_folder_that_others_may_write_to_is_not_trusted(tmp_path: Path) -> None:
+    available_in(tmp_path)
+    (tmp_path / "kernels").chmod(0o777)
+    usable, reason = available_in(tmp_path)
+    assert not usable and "may be written by, others" in reason
+
+
+@pytest.mark.badinput
+@pytest.mark.usefixtures("once")
+def test_the_switch_is_0_or_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOLOVLLM_CPU_KERNELS", "no")
+    with pytest.raises(ValueError, match=r"FOLOVLLM_CPU_KERNELS='no' must be 0 .* or 1"):
+        cpu_kernels.available.__wrapped__()

@@ -33,6 +33,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"cuda_graph_sizes": []}, r"cuda_graph_sizes=\[\] must be a list of batch sizes"),
         ({"cuda_graph_sizes": 8}, r"cuda_graph_sizes=8 must be a list"),
         ({"cuda_graph_sizes": [4, 0]}, r"cuda_graph_sizes=0 must be an int in \[1"),
+        (
+            {"cuda_graph_sizes": [2, 4]},
+            r"cuda_graph_sizes=\[2, 4\]: .* on CUDA .* not with paged on cpu",
+        ),
+        ({"cuda_graph_sizes": [2], "enforce_eager": True}, "contradicts enforce_eager=True"),
+        ({"cuda_graph_sizes": [2, 9], "max_num_seqs": 8}, "9 is above max_num_seqs=8"),
         ({"attention_backend": "flash_attn"}, "it runs on CUDA only, not on cpu"),
     ],
 )
@@ -50,7 +56,7 @@ def test_graph_sizes_end_with_the_largest_batch_unless_told_otherwise() -> None:
         assert sizes == sorted(set(sizes)) and sizes[-1] == max_num_seqs
         assert all(b - a <= max(8, a / 8) for a, b in itertools.pairwise(sizes))
     assert CompilationConfig().graph_sizes(4) == [1, 2, 4]
-    assert CompilationConfig([32, 2]).graph_sizes(16) == [2, 16]
+    assert CompilationConfig([8, 2, 8]).graph_sizes(16) == [2, 8]
     assert CompilationConfig([2, 4]).graph_sizes(16) == [2, 4]
 
 

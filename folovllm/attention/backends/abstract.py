@@ -67,7 +67,7 @@ class AttentionImpl(ABC):
     ) -> torch.Tensor:
         """Write `key` and `value` [T, Hkv, D] into `kv_cache`, then attend with `query` [T, H, D].
 
-        Backends that set `takes_written_kv` also accept None for both: they are in the cache already.
+        On its `written_kv_device` a backend also accepts None for both: they are in the cache already.
 
         Mutates kv_cache at metadata.slot_mapping, and `out` [T, H, D], which it returns.
         """
@@ -76,8 +76,10 @@ class AttentionImpl(ABC):
 class AttentionBackend(ABC):
     """What the selector and the worker need to know of a backend before any layer exists."""
 
-    takes_written_kv: ClassVar[bool] = False
-    """Whether attention may run on keys and values that a fused kernel has written to the cache before."""
+    written_kv_device: ClassVar[str | None] = None
+    """Type of device on which attention may run on keys and values that a fused kernel has written to the cache."""
+    reads_fp8: ClassVar[bool] = False
+    """Whether the cache may be float8_e4m3fn."""
 
     @staticmethod
     @abstractmethod

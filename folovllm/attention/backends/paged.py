@@ -93,7 +93,7 @@ class PagedMetadata(AttentionMetadata):
 class PagedBackend(AttentionBackend):
     """Runs on any device through torch's scaled_dot_product_attention, and on CPUs through our kernel."""
 
-    takes_written_kv: ClassVar[bool] = True
+    written_kv_device: ClassVar[str | None] = "cpu"
 
     @staticmethod
     def get_name() -> str:

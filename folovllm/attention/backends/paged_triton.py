@@ -81,7 +81,8 @@ class TritonPagedMetadata(AttentionMetadata):
 class TritonPagedBackend(AttentionBackend):
     """Our own kernels for everything; CUDA only, and nothing but torch and the Triton that comes with it."""
 
-    takes_written_kv: ClassVar[bool] = True
+    written_kv_device: ClassVar[str | None] = "cuda"
+    reads_fp8: ClassVar[bool] = True
     deterministic: ClassVar[bool] = False
     """Batch-invariant kernels. The block table's width must then be the engine's, not the step's: it sets the split."""
     prefill_by_library: ClassVar[bool] = False

@@ -30,7 +30,7 @@ class Attention(nn.Module):
         self.num_kv_heads = num_kv_heads
         self.head_size = head_size
         self.layer_name = prefix
-        self.takes_written_kv = attn_backend.takes_written_kv
+        self.written_kv_device = attn_backend.written_kv_device
         self.impl = attn_backend.get_impl_cls()(num_heads, head_size, scale, num_kv_heads)
         self.kv_cache = torch.empty(0)
         self.k_scale = self.v_scale = 1.0
@@ -45,7 +45,7 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """Return the attended values [T, H * D] for query [T, H, D], key and value [T, Hkv, D].
 
-        None for both means that they are in the cache already (AttentionBackend.takes_written_kv).
+        None for both means that they are in the cache already (AttentionBackend.written_kv_device).
         """
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         return self.impl.forward(query, key, value, self.kv_cache, attn_metadata, out).flatten(1)

@@ -16,7 +16,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from folovllm.utils.common import init_logger
+from folovllm.utils.common import default_cache_dir, init_logger
 
 logger = init_logger(__name__)
 
@@ -50,19 +50,6 @@ NAMED_MODELS = {
 def is_named_model(name: str) -> bool:
     """Whether `name` is a built-in model's name, in any case."""
     return name.lower() in NAMED_MODELS
-
-
-def default_cache_dir() -> Path:
-    """FOLOVLLM_CACHE, else `folovllm` in the user's cache folder of this operating system."""
-    if explicit := os.environ.get("FOLOVLLM_CACHE"):
-        return Path(explicit).expanduser()
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "folovllm"
 
 
 def fetch_named_model(name: str, download_dir: str | None = None) -> Path:

@@ -41,9 +41,13 @@ PDL_MAX_TOKENS = 256
 
 
 def can_fuse(model: LlamaModel, hidden: torch.Tensor) -> bool:
-    """Return whether fused kernels can run this step: there are some, and attention takes keys written beforehand."""
+    """Return whether fused kernels can run this step: there are some, and attention takes keys written beforehand.
+
+    On CUDA only backends in Triton take them, so Triton is there.
+    """
     first: Any = model.layers[0]
-    return model.fuse and bool(first.self_attn.attn.takes_written_kv) and (hidden.is_cuda or cpu_kernels.usable(hidden))
+    here = first.self_attn.attn.written_kv_device == hidden.device.type
+    return model.fuse and here and (hidden.is_cuda or cpu_kernels.usable(hidden))
 
 
 def run_layers(
