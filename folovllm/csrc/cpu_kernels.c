@@ -5,7 +5,9 @@
  * little time between two reads. An operator of a tensor library costs 2 to 20 microseconds before it starts; a call
  * into this file costs about one.
  *
- *     linear            x . W^T, weights in the order of the checkpoint          cpu_linear_bf16.h, cpu_kernels_typed.h
+ *     linear            x . W^T, weights in the order of the checkpoint          cpu_linear_bf16.h (few rows),
+ *                                                                                cpu_gemm_bf16.h (many),
+ *                                                                                cpu_kernels_typed.h
  *     rms_norm, silu_and_mul, rope_write_kv                                      cpu_kernels_typed.h
  *     paged_decode      attention of one new token per request, from the pages   the same two
  *     paged_prefill     attention of prompt chunks, from the pages, AMX only     cpu_prefill_bf16.h
@@ -21,7 +23,8 @@
  * vLLM has these kernels in csrc/cpu/ (C++ on top of torch and oneDNN).
  *
  * Legend: M rows of x (tokens), K inputs, N outputs, T tokens, E hidden size, H query heads, Hkv KV heads, G = H / Hkv,
- * D head size, Nb blocks, Bs block size.
+ * D head size, Nb blocks, Bs block size. The cache is [2, Nb, Bs, Hkv, D], of which blocks may lie anywhere at equal
+ * distances: block_stride elements from one to the next, value_offset from a key to its value.
  */
 #include <math.h>
 #include <stdint.h>
@@ -155,7 +158,7 @@ typedef struct {
     const void *q_weight, *k_weight; /* [D] each, or NULL */
     void *kv_cache;           /* [2, Nb, Bs, Hkv, D] */
     const int64_t *slots;     /* [T]; negative: nothing is written */
-    int64_t T, H, Hkv, D, max_position, num_slots;
+    int64_t T, H, Hkv, D, Bs, block_stride, value_offset, max_position;
     float eps;
     int keep_keys;            /* 0: keys are turned in place too, besides being written */
 } rope_t;
@@ -168,13 +171,13 @@ typedef struct {
     float *partials;
     const int64_t *starts; /* [n + 1]: contexts laid end to end */
     char *packed;          /* per thread, one request's queries as AMX wants them; NULL: without AMX */
-    int64_t n, H, Hkv, D, Bs, num_slots, q_stride, table_stride;
+    int64_t n, H, Hkv, D, Bs, block_stride, value_offset, q_stride, table_stride;
     float scale;
 } decode_t;
 
 #define DECODE_TILE 64 /* tokens whose scores are held at once */
 
-/* Up to 64 tokens of one request's context: where their keys (and values, num_slots rows further on) lie. */
+/* Up to 64 tokens of one request's context: where their keys (and values, value_offset further on) lie. */
 typedef struct {
     int64_t offsets[DECODE_TILE]; /* in elements */
     int count;
@@ -188,7 +191,7 @@ static void locate(const decode_t *a, decode_tile_t *tile, int64_t request, int6
     int64_t block = from / a->Bs, in_block = from % a->Bs;
     tile->count = (int)min64(from % 16 ? 16 - from % 16 : DECODE_TILE, to - from);
     for (int j = 0; j < tile->count; j++) {
-        tile->offsets[j] = (blocks[block] * a->Bs + in_block) * row;
+        tile->offsets[j] = blocks[block] * a->block_stride + in_block * row;
         if (++in_block == a->Bs) in_block = 0, block++;
     }
 }
@@ -197,6 +200,7 @@ static void locate(const decode_t *a, decode_tile_t *tile, int64_t request, int6
 #define HAVE_AVX512_BF16 1
 #include "cpu_linear_bf16.h"
 #if HAVE_AMX
+#include "cpu_gemm_bf16.h"
 #include "cpu_prefill_bf16.h"
 #endif
 #else

@@ -55,7 +55,7 @@ static void NAME(linear_body)(void *args, int thread, int num_threads) {
                 float y = sum[j] + (bias ? LOAD(bias[n + j]) : 0.0f);
                 if (a->silu_mul) {
                     float u = up[j] + (bias ? LOAD(bias[a->N + n + j]) : 0.0f);
-                    y = NAME(rounded)(silu(NAME(rounded)(y))) * NAME(rounded)(u);
+                    y = silu(y) * u;
                 }
                 if (residual) y = NAME(rounded)(y) + LOAD(residual[m * a->N + n + j]);
                 if (a->out_float)
@@ -73,7 +73,10 @@ API void NAME(folo_linear)(const void *x, const void *w, const void *bias, const
     linear_t a = {x, w, bias, residual, out, NULL, M, K, N, ldx, silu_mul, out_float};
 #if IS_BF16 && HAVE_AVX512_BF16 && HAVE_AMX
     if (amx_allowed && K % 32 == 0 && N >= 16) {
-        linear_amx(&a, num_threads);
+        if (M >= GEMM_ROWS)
+            run(gemm_body, &a, num_threads);
+        else
+            linear_amx(&a, num_threads);
         return;
     }
 #endif
@@ -174,25 +177,25 @@ static void NAME(rope_body)(void *args, int thread, int num_threads) {
             NAME(turn)(query + h * D, a->q_weight, a->eps, cosine, sine, D, buffer, query + h * D);
         int64_t slot = a->slots[t];
         if (slot < 0 && a->keep_keys) continue;
-        T_ *cached = slot < 0 ? NULL : (T_ *)a->kv_cache + slot * row;
+        T_ *cached = slot < 0 ? NULL : (T_ *)a->kv_cache + slot / a->Bs * a->block_stride + slot % a->Bs * row;
         for (int64_t h = 0; h < a->Hkv; h++) {
             NAME(turn)(key + h * D, a->k_weight, a->eps, cosine, sine, D, buffer, turned);
             if (cached) memcpy(cached + h * D, turned, (size_t)D * sizeof(T_));
             if (!a->keep_keys) memcpy(key + h * D, turned, (size_t)D * sizeof(T_));
         }
-        if (cached) memcpy(cached + a->num_slots * row, value, (size_t)row * sizeof(T_));
+        if (cached) memcpy(cached + a->value_offset, value, (size_t)row * sizeof(T_));
     }
     free(turned);
     free(buffer);
 }
 
-/* All between the QKV projection and attention, see rope_t. num_slots: Nb * Bs. */
+/* All between the QKV projection and attention, see rope_t. */
 API void NAME(folo_rope_write_kv)(void *qkv, const int64_t *positions, const void *cos_sin, const void *q_weight,
                                   const void *k_weight, void *kv_cache, const int64_t *slots, int64_t T, int64_t H,
-                                  int64_t Hkv, int64_t D, int64_t max_position, int64_t num_slots, float eps,
-                                  int keep_keys, int num_threads) {
-    rope_t a = {qkv, positions, cos_sin, q_weight, k_weight, kv_cache, slots, T, H, Hkv, D, max_position, num_slots,
-                eps, keep_keys};
+                                  int64_t Hkv, int64_t D, int64_t Bs, int64_t block_stride, int64_t value_offset,
+                                  int64_t max_position, float eps, int keep_keys, int num_threads) {
+    rope_t a = {qkv, positions, cos_sin, q_weight, k_weight, kv_cache, slots, T, H, Hkv, D, Bs, block_stride,
+                value_offset, max_position, eps, keep_keys};
     run(NAME(rope_body), &a, T * (H + Hkv) * D < SERIAL_ELEMENTS / 2 ? 1 : num_threads);
 }
 
@@ -332,7 +335,7 @@ static inline void NAME(prefetch)(const decode_t *a, const decode_tile_t *tile, 
     int64_t bytes = a->Hkv * a->D * (int64_t)sizeof(T_);
     for (int64_t j = tile->count * i / n; j < tile->count * (i + 1) / n; j++) {
         const char *key = (const char *)((const T_ *)a->kv_cache + tile->offsets[j]);
-        const char *value = key + a->num_slots * bytes;
+        const char *value = key + a->value_offset * (int64_t)sizeof(T_);
         for (int64_t byte = 0; byte < bytes; byte += 64) {
             __builtin_prefetch(key + byte, 0, 2);
             __builtin_prefetch(value + byte, 0, 2);
@@ -344,7 +347,7 @@ static inline void NAME(prefetch)(const decode_t *a, const decode_tile_t *tile, 
 static void NAME(attend)(const decode_t *a, const decode_tile_t *tile, const decode_tile_t *next, const T_ *q,
                          float *state) {
     int64_t H = a->H, Hkv = a->Hkv, D = a->D, G = H / Hkv;
-    const T_ *keys = a->kv_cache, *values = keys + a->num_slots * Hkv * D;
+    const T_ *keys = a->kv_cache, *values = keys + a->value_offset;
     float *m = state, *l = m + H, *acc = l + H;
     float scores[G * DECODE_TILE] __attribute__((aligned(64)));
     for (int64_t kv = 0; kv < Hkv; kv++) {
@@ -449,8 +452,8 @@ static void NAME(decode_entry)(void *args, int thread, int num_threads) {
 /* Attention of n requests with one new token each, see decode_t. Contexts have at least one token. */
 API void NAME(folo_paged_decode)(const void *q, const void *kv_cache, const int32_t *table, const int32_t *seq_lens,
                                  const int32_t *rows, const int32_t *reqs, void *out, int64_t n, int64_t H, int64_t Hkv,
-                                 int64_t D, int64_t Bs, int64_t num_slots, int64_t q_stride, int64_t table_stride,
-                                 float scale, int num_threads) {
+                                 int64_t D, int64_t Bs, int64_t block_stride, int64_t value_offset, int64_t q_stride,
+                                 int64_t table_stride, float scale, int num_threads) {
     int64_t size = H * (D + 2);
     int64_t *starts = scratch((size_t)(n + 1) * sizeof(int64_t));
     starts[0] = 0;
@@ -458,8 +461,8 @@ API void NAME(folo_paged_decode)(const void *q, const void *kv_cache, const int3
     if (starts[n] < 64) num_threads = 1;
     float *partials = scratch((size_t)(num_threads * 3 * size) * sizeof(float));
     NAME(decode_task_t)
-    task = {{q, kv_cache, table, seq_lens, rows, reqs, out, partials, starts, NULL, n, H, Hkv, D, Bs, num_slots,
-             q_stride, table_stride, scale}, 1};
+    task = {{q, kv_cache, table, seq_lens, rows, reqs, out, partials, starts, NULL, n, H, Hkv, D, Bs, block_stride,
+             value_offset, q_stride, table_stride, scale}, 1};
 #if IS_BF16 && HAVE_AVX512_BF16 && HAVE_AMX
     decode_t *decode = &task.decode;
     if (can_attend_amx(decode)) decode->packed = scratch((size_t)(num_threads * packed_query_bytes(decode)));

@@ -1,4 +1,4 @@
-/* Matrix products in bfloat16, and attention of decodes, with the processor's own unit for them: AMX tiles.
+/* Matrix products of few rows in bfloat16, and attention of decodes, with the processor's own unit for them: AMX tiles.
  *
  * An AMX tile is a register of 16 rows of 64 bytes, and one instruction multiplies two of them:
  *
@@ -51,9 +51,25 @@ static inline __attribute__((always_inline)) __m512 exp16(__m512 x) {
     return _mm512_mul_ps(p, _mm512_castsi512_ps(exponent));
 }
 
-static inline __m512 silu16(__m512 x) {
-    __m512 e = exp16(_mm512_sub_ps(_mm512_setzero_ps(), x));
-    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
+/* 2^x, relative error 3e-6; 2^0 = 1 and 2^-inf = 0 exactly. The fraction's power by a polynomial, the rest
+ * by the exponent. */
+static inline __m512 exp2_16(__m512 x) {
+    __m512 f = _mm512_reduce_ps(x, 0x01); /* x - floor(x) */
+    __m512 p = _mm512_set1_ps(1.3426688e-02f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.2242468e-02f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4128021e-01f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9304484e-01f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, x);
+}
+
+/* x / (1 + 2^(-x / ln 2)); the quotient by an estimate of 14 bits and one step of Newton's. */
+static inline __attribute__((always_inline)) __m512 silu16(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+    __m512 t = _mm512_min_ps(_mm512_set1_ps(126.0f), _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f)));
+    __m512 d = _mm512_add_ps(one, exp2_16(t)), r = _mm512_rcp14_ps(d);
+    r = _mm512_fmadd_ps(r, _mm512_fnmadd_ps(d, r, one), r);
+    return _mm512_mul_ps(x, r);
 }
 
 /* Bias, rounding, residual; `sum` holds outputs n .. n + 15 of row m, those outside `mask` are not stored. */
@@ -140,7 +156,7 @@ static void finish_tile(const linear_t *a, int64_t m0, int64_t n, int64_t skip, 
         if (second) {
             __m512 up = _mm512_load_ps(second + i * 16);
             if (a->bias) up = _mm512_add_ps(up, _mm512_set1_ps(bf16_to_float(((const bf16 *)a->bias)[a->N + n + i])));
-            sum = _mm512_mul_ps(round16(silu16(round16(sum))), round16(up));
+            sum = _mm512_mul_ps(silu16(sum), up);
         }
         rows[i] = _mm512_castps_si512(sum);
     }
@@ -174,11 +190,11 @@ static void amx_body(void *args, int thread, int num_threads) {
             _tile_zero(2);
             _tile_zero(3);
             for (int64_t k = 0; k < k_tiles; k++) {
-                if (m0 == 0 && ahead) {
-                    const char *p0 = (const char *)(w0 + ahead + k * 32), *p1 = (const char *)(w1 + ahead + k * 32);
+                if (m0 == 0 && ahead) { /* in the order of memory, not of the tiles: that is what memory is fast at */
+                    const char *p0 = (const char *)(w0 + ahead) + k * 1024, *p1 = (const char *)(w1 + ahead) + k * 1024;
                     for (int i = 0; i < 16; i++) {
-                        _mm_prefetch(p0 + i * row, _MM_HINT_T1);
-                        _mm_prefetch(p1 + i * row, _MM_HINT_T1);
+                        _mm_prefetch(p0 + i * 64, _MM_HINT_T1);
+                        _mm_prefetch(p1 + i * 64, _MM_HINT_T1);
                     }
                 }
                 /* "stream": x passes through the first-level cache without driving out the weights. */
@@ -208,22 +224,13 @@ static void amx_body(void *args, int thread, int num_threads) {
     _tile_release();
 }
 
-#define AMX_ROWS 256 /* tokens per pass over the weights: their packed x stays in the second-level cache */
-
-static void linear_amx(const linear_t *whole, int num_threads) {
-    char *packed = scratch((size_t)(min64(whole->M, AMX_ROWS) + 15) / 16 * (size_t)(whole->K / 32) * 1024);
-    for (int64_t m = 0; m < whole->M; m += AMX_ROWS) {
-        linear_t a = *whole;
-        a.M = min64(AMX_ROWS, whole->M - m);
-        a.x = (const bf16 *)whole->x + m * a.ldx;
-        a.out = (char *)whole->out + m * a.N * (a.out_float ? 4 : 2);
-        a.residual = whole->residual ? (const bf16 *)whole->residual + m * a.N : NULL;
-        a.packed = packed;
-        int64_t tiles = (a.M + 15) / 16 * (a.K / 32);
-        run(pack_x, &a, tiles > 64 ? num_threads : 1);
-        run(amx_body, &a, num_threads);
-    }
-    free(packed);
+/* A few rows; many are for cpu_gemm_bf16.h. */
+static void linear_amx(linear_t *a, int num_threads) {
+    int64_t tiles = (a->M + 15) / 16 * (a->K / 32);
+    a->packed = scratch((size_t)tiles * 1024);
+    run(pack_x, a, tiles > 64 ? num_threads : 1);
+    run(amx_body, a, num_threads);
+    free(a->packed);
 }
 
 /* ---- Attention of one new token per request ---------------------------------------------------------------------
@@ -450,10 +457,10 @@ static void add_values_amx(float *acc, const float *weights, const bf16 *values,
 static void attend_amx(const decode_t *a, const decode_tile_t *tile, const decode_tile_t *next, const char *packed,
                        float *state) {
     int64_t H = a->H, Hkv = a->Hkv, D = a->D, G = H / Hkv, per_pass = kv_heads_per_pass(a);
-    const bf16 *values = (const bf16 *)a->kv_cache + a->num_slots * Hkv * D;
+    const bf16 *values = (const bf16 *)a->kv_cache + a->value_offset;
     float *m = state, *l = m + H, *acc = l + H;
     float scores[DECODE_TILE * 16] __attribute__((aligned(64)));
-    ahead_t ahead = {a->kv_cache, next->offsets, Hkv * D * 2, a->num_slots * Hkv * D * 2, next->count, 0, 0, 0};
+    ahead_t ahead = {a->kv_cache, next->offsets, Hkv * D * 2, a->value_offset * 2, next->count, 0, 0, 0};
     int64_t units = Hkv * (D / 32) + (Hkv + per_pass - 1) / per_pass * (tile->count / 8) +
                     Hkv * ((G + 3) / 4) * ((D + 63) / 64) * (tile->count / 16) * 2;
     ahead.rate = next->count * 65536 / units + 1;

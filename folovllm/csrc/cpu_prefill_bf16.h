@@ -37,7 +37,7 @@ typedef struct {
     bf16 *out;                /* [T, H, D] */
     const prefill_item_t *items;
     int64_t num_items, next; /* next: the first item that no thread has taken */
-    int64_t H, Hkv, D, Bs, num_slots, q_stride, table_stride, item_rows;
+    int64_t H, Hkv, D, Bs, block_stride, value_offset, q_stride, table_stride, item_rows;
     float scale;
 } prefill_t;
 
@@ -55,18 +55,6 @@ typedef struct {
     const bf16 *ahead[PREFILL_KEYS]; /* the next block's keys in their pages */
     int num_ahead, num_fetched;      /* of these, the first are on their way into the cache */
 } prefill_scratch_t;
-
-/* 2^x for x <= 0, relative error 3e-6; 2^0 = 1 and 2^-inf = 0 exactly. The fraction's power by a polynomial, the rest
- * by the exponent. */
-static inline __m512 exp2_16(__m512 x) {
-    __m512 f = _mm512_reduce_ps(x, 0x01); /* x - floor(x) */
-    __m512 p = _mm512_set1_ps(1.3426688e-02f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.2242468e-02f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4128021e-01f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9304484e-01f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, x);
-}
 
 /* For 4 (or 2) tiles j: C_j (+)= sum over k < steps of A_jk . B_k; `add`: onto what c holds. Strides are in bytes. */
 static inline __attribute__((always_inline)) void multiply_tiles(float *c, const char *a, int64_t a_tile,
@@ -141,7 +129,7 @@ static void look_ahead(const prefill_t *a, const prefill_item_t *item, int64_t f
     s->num_ahead = (int)min64(PREFILL_KEYS, context - first);
     s->num_fetched = 0;
     for (int j = 0; j < s->num_ahead; j++) {
-        s->ahead[j] = a->kv_cache + (table[page] * a->Bs + in_page) * row + item->kv_head * a->D;
+        s->ahead[j] = a->kv_cache + table[page] * a->block_stride + in_page * row + item->kv_head * a->D;
         if (++in_page == a->Bs) page++, in_page = 0;
     }
 }
@@ -149,7 +137,7 @@ static void look_ahead(const prefill_t *a, const prefill_item_t *item, int64_t f
 /* Ask for `count` more tokens of the next block: pages come from far, and in no order that the processor foresees. */
 static inline __attribute__((always_inline)) void fetch_ahead(const prefill_t *a, prefill_scratch_t *s, int count) {
     for (; count > 0 && s->num_fetched < s->num_ahead; count--) {
-        const bf16 *key = s->ahead[s->num_fetched++], *value = key + a->num_slots * a->Hkv * a->D;
+        const bf16 *key = s->ahead[s->num_fetched++], *value = key + a->value_offset;
         for (int64_t d = 0; d < a->D; d += 32) {
             _mm_prefetch((const char *)(key + d), _MM_HINT_T1);
             _mm_prefetch((const char *)(value + d), _MM_HINT_T1);
@@ -160,7 +148,7 @@ static inline __attribute__((always_inline)) void fetch_ahead(const prefill_t *a
 /* Copy keys and transpose values of the block looked up; zeros follow up to a multiple of 32. */
 static void pack_block(const prefill_t *a, prefill_scratch_t *s) {
     static const bf16 zeros[32];
-    int64_t D = a->D, to_value = a->num_slots * a->Hkv * D;
+    int64_t D = a->D, to_value = a->value_offset;
     int count = s->num_ahead, padded = (count + 31) / 32 * 32;
     for (int j = 0; j < padded; j++) {
         char *to = s->keys + j / 16 * (D / 32) * 1024 + j % 16 * 64;
@@ -334,11 +322,12 @@ static int costlier(const void *one, const void *other) {
     return (x < y) - (x > y);
 }
 
-/* Attention of n chunks, see prefill_t; D is a multiple of 32, scale > 0, every chunk has a token. num_slots: Nb * Bs.
+/* Attention of n chunks, see prefill_t; D is a multiple of 32, scale > 0, every chunk has a token.
  * An item has 16 tokens or a multiple, so that its row tiles are full for any G: as many as leave each thread 8. */
 API void folo_paged_prefill_bf16(const void *q, const void *kv_cache, const int32_t *table, const int32_t *chunks,
-                                 void *out, int64_t n, int64_t H, int64_t Hkv, int64_t D, int64_t Bs, int64_t num_slots,
-                                 int64_t q_stride, int64_t table_stride, float scale, int num_threads) {
+                                 void *out, int64_t n, int64_t H, int64_t Hkv, int64_t D, int64_t Bs,
+                                 int64_t block_stride, int64_t value_offset, int64_t q_stride, int64_t table_stride,
+                                 float scale, int num_threads) {
     int64_t tokens = 0, longest = 0, num_items = 0, G = H / Hkv;
     for (int64_t c = 0; c < n; c++) {
         int64_t length = chunks[c * 4 + 2] - chunks[c * 4 + 1];
@@ -360,8 +349,8 @@ API void folo_paged_prefill_bf16(const void *q, const void *kv_cache, const int3
         }
     }
     qsort(items, (size_t)num_items, sizeof *items, costlier);
-    prefill_t a = {q, kv_cache, table, chunks, out, items, num_items, 0, H, Hkv, D, Bs, num_slots,
-                   q_stride, table_stride, width * G, scale};
+    prefill_t a = {q, kv_cache, table, chunks, out, items, num_items, 0, H, Hkv, D, Bs, block_stride,
+                   value_offset, q_stride, table_stride, width * G, scale};
     run(prefill_body, &a, num_threads);
     free(items);
 }

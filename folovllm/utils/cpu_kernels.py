@@ -35,7 +35,7 @@ from folovllm.utils.common import default_cache_dir
 
 SOURCES = tuple(
     Path(__file__).parent.parent / "csrc" / name
-    for name in ("cpu_kernels.c", "cpu_linear_bf16.h", "cpu_prefill_bf16.h", "cpu_kernels_typed.h")
+    for name in ("cpu_kernels.c", "cpu_linear_bf16.h", "cpu_gemm_bf16.h", "cpu_prefill_bf16.h", "cpu_kernels_typed.h")
 )
 """The first is compiled; it includes the others."""
 COMPILERS = ("cc", "gcc", "clang")
@@ -74,8 +74,8 @@ _SIGNATURES: dict[str, tuple[dict[torch.dtype, Function], list[type]]] = {
     "folo_linear": (_linear, [PTR] * 5 + [I64] * 4 + [INT] * 3),
     "folo_rms_norm": (_rms_norm, [PTR] * 4 + [I64] * 3 + [F32, INT]),
     "folo_silu_and_mul": (_silu_and_mul, [PTR] * 2 + [I64] * 2 + [INT]),
-    "folo_rope_write_kv": (_rope_write_kv, [PTR] * 7 + [I64] * 6 + [F32, INT, INT]),
-    "folo_paged_decode": (_paged_decode, [PTR] * 7 + [I64] * 8 + [F32, INT]),
+    "folo_rope_write_kv": (_rope_write_kv, [PTR] * 7 + [I64] * 8 + [F32, INT, INT]),
+    "folo_paged_decode": (_paged_decode, [PTR] * 7 + [I64] * 9 + [F32, INT]),
 }
 
 
@@ -118,15 +118,14 @@ def usable(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype in SUFFIXES and available()[0]
 
 
-def linear_row_limit(weight: torch.Tensor) -> int:
-    """Return up to how many rows `linear` with `weight` [N, K] beats torch's product of unpacked weights; 0: never.
+def multiplies(weight: torch.Tensor) -> bool:
+    """Return whether `linear` with `weight` [N, K] beats torch's product, at any number of rows.
 
-    Only its AMX code does: about 1.7x at 1 to 32 rows, which are bound by reading the weights, on par near 400. Plain
-    float32 code is 1.0 to 1.5 times slower than torch, AVX-512 alone faster than torch up to 4 rows.
+    Only its AMX code does: 1.3 to 2 times. Plain float32 code is 1.0 to 1.5 times slower than torch, AVX-512 alone faster
+    than torch up to 4 rows only.
     """
-    if not usable(weight) or weight.dtype != torch.bfloat16 or not _features & AMX_BF16:
-        return 0
-    return 256 if weight.shape[1] % 32 == 0 and weight.shape[0] >= 16 else 0
+    amx = usable(weight) and weight.dtype == torch.bfloat16 and _features & AMX_BF16
+    return bool(amx) and weight.shape[1] % 32 == 0 and weight.shape[0] >= 16
 
 
 # Compiling and loading.
@@ -224,7 +223,13 @@ def _load(path: Path, entry_points: list[ctypes.c_void_p]) -> None:
             functions[dtype] = function
     if _features & AMX_BF16:
         _paged_prefill = library.folo_paged_prefill_bf16
-        _paged_prefill.argtypes, _paged_prefill.restype = [PTR] * 5 + [I64] * 8 + [F32, INT], None
+        _paged_prefill.argtypes, _paged_prefill.restype = [PTR] * 5 + [I64] * 9 + [F32, INT], None
+
+
+def _has_whole_blocks(kv_cache: torch.Tensor) -> bool:
+    """Whether the inside of a block, [Bs, Hkv, D], is contiguous."""
+    _, _, _, num_kv_heads, head_size = kv_cache.shape
+    return kv_cache.stride()[2:] == (num_kv_heads * head_size, head_size, 1)
 
 
 # The kernels. Call them only if available()[0]; tensors are on the CPU, of one dtype in SUFFIXES.
@@ -360,7 +365,7 @@ def qk_norm_rope_write_kv(
         q_weight: [D], the norm's weight for each query head, or None: no QK-norm (then `k_weight` is None too).
         k_weight: [D], likewise for key heads.
         eps: of the QK-norm.
-        kv_cache: [2, Nb, Bs, Hkv, D] of qkv's dtype, changed at the slots.
+        kv_cache: [2, Nb, Bs, Hkv, D] of qkv's dtype, each block contiguous; changed at the slots.
         slot_mapping: [T] int64, block id * Bs + offset; negative: the token's key and value are dropped.
         num_heads: H.
         num_kv_heads: Hkv.
@@ -369,7 +374,7 @@ def qk_norm_rope_write_kv(
     _, num_blocks, block_size, _, head_size = kv_cache.shape
     num_tokens = qkv.shape[0]
     assert qkv.is_contiguous() and qkv.shape[1] == (num_heads + 2 * num_kv_heads) * head_size
-    assert kv_cache.is_contiguous() and kv_cache.dtype == qkv.dtype and kv_cache.shape[3] == num_kv_heads
+    assert _has_whole_blocks(kv_cache) and kv_cache.dtype == qkv.dtype and kv_cache.shape[3] == num_kv_heads
     assert cos_sin_cache.is_contiguous() and cos_sin_cache.dtype == qkv.dtype
     assert positions.dtype == slot_mapping.dtype == torch.int64
     assert positions.is_contiguous() and slot_mapping.is_contiguous()
@@ -385,8 +390,10 @@ def qk_norm_rope_write_kv(
         num_heads,
         num_kv_heads,
         head_size,
+        block_size,
+        kv_cache.stride(1),
+        kv_cache.stride(0),
         cos_sin_cache.shape[1],
-        num_blocks * block_size,
         eps,
         keep_keys,
         torch.get_num_threads(),
@@ -408,7 +415,7 @@ def paged_decode(
 
     Args:
         query: [T, H, D], heads of a token contiguous.
-        kv_cache: [2, Nb, Bs, Hkv, D].
+        kv_cache: [2, Nb, Bs, Hkv, D], each block contiguous.
         block_table: [B, max blocks] int32, rows contiguous.
         seq_lens: [B] int32, at least 1 each, the new token included.
         out: [T, H, D] contiguous; only the requests' rows are written.
@@ -416,10 +423,10 @@ def paged_decode(
         rows: [n] int32, each request's row of query and out; None: request b is row b, for all rows of block_table.
         reqs: [n] int32, each request's row of block_table and seq_lens; None likewise.
     """
-    _, num_blocks, block_size, num_kv_heads, head_size = kv_cache.shape
+    _, _, block_size, num_kv_heads, head_size = kv_cache.shape
     num_heads = query.shape[1]
     assert query.stride(2) == 1 and query.stride(1) == head_size == query.shape[2] and out.is_contiguous()
-    assert query.dtype == kv_cache.dtype == out.dtype and kv_cache.is_contiguous() and num_heads % num_kv_heads == 0
+    assert query.dtype == kv_cache.dtype == out.dtype and _has_whole_blocks(kv_cache) and num_heads % num_kv_heads == 0
     assert block_table.dtype == seq_lens.dtype == torch.int32 and block_table.stride(1) == 1
     assert seq_lens.is_contiguous() and (rows is None) == (reqs is None)
     assert rows is None or reqs is None or rows.dtype == reqs.dtype == torch.int32
@@ -436,7 +443,8 @@ def paged_decode(
         num_kv_heads,
         head_size,
         block_size,
-        num_blocks * block_size,
+        kv_cache.stride(1),
+        kv_cache.stride(0),
         query.stride(0),
         block_table.stride(0),
         scale,
@@ -461,18 +469,18 @@ def paged_prefill(
 
     Args:
         query: [T, H, D] bfloat16, heads of a token contiguous.
-        kv_cache: [2, Nb, Bs, Hkv, D]; the new tokens' keys and values are in it already.
+        kv_cache: [2, Nb, Bs, Hkv, D], each block contiguous; the new tokens' keys and values are in it already.
         block_table: [B, max blocks] int32, rows contiguous.
         chunks: [n, 4] int32, contiguous: a request's row of block_table, the first and one past the last of its rows
             of query and out (at least one), and its context length, these rows included.
         out: [T, H, D] contiguous; only the chunks' rows are written.
         scale: multiplies the scores; above 0.
     """
-    _, num_blocks, block_size, num_kv_heads, head_size = kv_cache.shape
+    _, _, block_size, num_kv_heads, head_size = kv_cache.shape
     num_heads = query.shape[1]
     assert _paged_prefill is not None and query.dtype == kv_cache.dtype == out.dtype == torch.bfloat16
     assert query.stride(2) == 1 and query.stride(1) == head_size == query.shape[2] and head_size % 32 == 0
-    assert out.is_contiguous() and kv_cache.is_contiguous() and num_heads % num_kv_heads == 0 and scale > 0
+    assert out.is_contiguous() and _has_whole_blocks(kv_cache) and num_heads % num_kv_heads == 0 and scale > 0
     assert block_table.dtype == chunks.dtype == torch.int32 and block_table.stride(1) == 1 and chunks.is_contiguous()
     _paged_prefill(
         query.data_ptr(),
@@ -485,7 +493,8 @@ def paged_prefill(
         num_kv_heads,
         head_size,
         block_size,
-        num_blocks * block_size,
+        kv_cache.stride(1),
+        kv_cache.stride(0),
         query.stride(0),
         block_table.stride(0),
         scale,

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -169,30 +170,39 @@ class ModelRunner:
             shape = self.attn_backend.get_kv_cache_shape(
                 kv_cache_config.num_blocks, spec.block_size, spec.num_kv_heads, spec.head_size
             )
-            for name in group.layer_names:
-                try:
-                    cache = self._zeros(shape, spec.dtype)
-                except (torch.OutOfMemoryError, RuntimeError, MemoryError, OSError, OverflowError) as error:
-                    total = kv_cache_config.num_blocks * spec.page_size_bytes * len(layers)
-                    raise ValueError(
-                        f"Not enough memory for a KV cache of {total / 2**30:.2f} GiB: {error}. Lower "
-                        "kv_cache_memory_bytes, gpu_memory_utilization or max_model_len."
-                    ) from error
+            try:
+                caches = self._allocate_caches(shape, spec.dtype, len(group.layer_names))
+            except (torch.OutOfMemoryError, RuntimeError, MemoryError, OSError, OverflowError) as error:
+                total = kv_cache_config.num_blocks * spec.page_size_bytes * len(layers)
+                raise ValueError(
+                    f"Not enough memory for a KV cache of {total / 2**30:.2f} GiB: {error}. Lower "
+                    "kv_cache_memory_bytes, gpu_memory_utilization or max_model_len."
+                ) from error
+            for name, cache in zip(group.layer_names, caches, strict=True):
                 layers[name].kv_cache = self.kv_caches[name] = cache
                 num_bytes += cache.numel() * cache.element_size()
         return num_bytes
 
-    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Return zeros, not garbage: masked scores must stay finite whatever an unused slot holds."""
+    def _allocate_caches(self, shape: tuple[int, ...], dtype: torch.dtype, num_layers: int) -> list[torch.Tensor]:
+        """Return a cache of `shape` [2, Nb, Bs, Hkv, D] per layer: zeros, since masked scores must stay finite.
+
+        On a CPU memory is taken when a block is first used (torch.zeros would take all), in huge pages where the system
+        has them: small pages cost more to take than to write. A block's keys and values of all layers lie side by side,
+        [Nb, layers, 2, Bs, Hkv, D], so that a block takes a few pages and not two per layer.
+        """
         if self.device.type != "cpu":
-            return torch.zeros(shape, dtype=dtype, device=self.device)
-        # Unlike torch.zeros, this leaves memory untouched: it is taken when a block is first used. In huge pages, where
-        # the system has them: in pages of 4 KiB the first use of a block costs more than writing it.
-        buffer = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+            return [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(num_layers)]
+        num_bytes = num_layers * math.prod(shape) * dtype.itemsize
+        if os.name == "posix":  # private: shared memory, Python's default, gets no huge pages
+            buffer = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        else:
+            buffer = mmap.mmap(-1, num_bytes)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel built without them
                 buffer.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(buffer, dtype=dtype).view(shape)
+        _, num_blocks, *block = shape
+        blocks = torch.frombuffer(buffer, dtype=dtype).view(num_blocks, num_layers, 2, *block)
+        return [blocks[:, layer].transpose(0, 1) for layer in range(num_layers)]
 
     @torch.inference_mode()
     def profile_run(self) -> None:

@@ -76,25 +76,52 @@ def test_linear_silu_and_mul(num_inputs: int, num_outputs: int, dtype: torch.dty
         for bias in (None, torch.randn(2 * num_outputs).to(dtype)):
             gate, up = F.linear(x.double(), weight.double(), None if bias is None else bias.double()).chunk(2, dim=-1)
             got = cpu_kernels.linear_silu_and_mul(x, weight, bias)
-            assert_near(got, F.silu(gate) * up, 3)
-            unfused = cpu_kernels.silu_and_mul(cpu_kernels.linear(x, weight, bias))
-            assert_near(got, unfused.double(), 0.3), "rounded where the two operators round"
+            assert_near(got, F.silu(gate) * up)
 
 
-def test_linear_of_more_rows_than_one_pass_takes() -> None:
-    x, weight = torch.randn(600, 64).bfloat16(), torch.randn(48, 64).bfloat16()
-    assert_near(cpu_kernels.linear(x, weight), x.double() @ weight.double().T)
-    residual = torch.randn(600, 48).bfloat16()
-    expected = residual + cpu_kernels.linear(x, weight)
-    assert torch.equal(cpu_kernels.linear(x, weight, residual=residual), expected)
+@pytest.mark.parametrize("rows", [128, 130, 159, 161, 600])
+@pytest.mark.parametrize(("num_inputs", "num_outputs"), [(64, 48), (32, 16), (1536, 33), (576, 100), (608, 1)])
+def test_linear_of_many_rows(num_inputs: int, num_outputs: int, rows: int) -> None:
+    """Outputs that fill no tile, inputs in one and several blocks, rows that end anywhere."""
+    x, weight = torch.randn(rows, num_inputs + 32).bfloat16()[:, :num_inputs], torch.randn(2 * num_outputs, num_inputs)
+    weight, bias = weight.bfloat16(), torch.randn(2 * num_outputs).bfloat16()
+    for offset in (None, bias):
+        product = x.double() @ weight.double().T + (0 if offset is None else offset.double())
+        rounded = cpu_kernels.linear(x, weight, offset)
+        assert_near(rounded, product)
+        floats = cpu_kernels.linear(x, weight, offset, float_output=True)
+        assert torch.equal(floats.bfloat16(), rounded)
+        torch.testing.assert_close(floats.double(), product, rtol=1e-4, atol=1e-3)
+        residual = torch.randn(rows, 2 * num_outputs).bfloat16()
+        expected = residual + rounded
+        assert torch.equal(cpu_kernels.linear(x, weight, offset, residual=residual), expected)
+        gate, up = product.chunk(2, dim=-1)
+        assert_near(cpu_kernels.linear_silu_and_mul(x, weight, offset), F.silu(gate) * up)
 
 
-def test_a_row_does_not_depend_on_the_others() -> None:
-    x, weight = torch.randn(40, 96).bfloat16(), torch.randn(80, 96).bfloat16()
-    together = cpu_kernels.linear(x, weight)
-    x[1:] = float("nan")
-    assert torch.equal(cpu_kernels.linear(x, weight)[0], together[0])
-    assert torch.equal(cpu_kernels.linear(x[:1], weight)[0], together[0])
+@pytest.mark.parametrize("rows", [40, 300])
+def test_a_row_does_not_depend_on_the_others(rows: int) -> None:
+    """Not on their values, nor on their number: few and many rows go different ways."""
+    weight = torch.randn(160, 640).bfloat16()
+    for multiply in (cpu_kernels.linear, cpu_kernels.linear_silu_and_mul):
+        x = torch.randn(rows, 640).bfloat16()
+        together = multiply(x, weight)
+        x[1:] = float("nan")
+        assert torch.equal(multiply(x, weight)[0], together[0])
+        assert torch.equal(multiply(x[:1], weight)[0], together[0])
+
+
+def test_many_rows_on_many_threads() -> None:
+    """With more threads than pairs of tiles, rows are shared out too."""
+    x, weight = torch.randn(300, 64).bfloat16(), torch.randn(96, 64).bfloat16()
+    threads = torch.get_num_threads()
+    alone = cpu_kernels.linear(x, weight)
+    try:
+        for count in (2, 3, 5, 8):
+            torch.set_num_threads(count)
+            assert torch.equal(cpu_kernels.linear(x, weight), alone)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -45,12 +45,10 @@ def linear_packed(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | No
 class UnquantizedLinearMethod(LinearMethodBase):
     """A weight [N, K] in the model's dtype.
 
-    On CPUs with bfloat16 units, either left as it is, for our kernel at few rows and torch's product at many; or,
-    without the kernel, prepacked once for oneDNN.
+    On CPUs with bfloat16 units, either left as it is, for our kernel; or, without the kernel, prepacked once for oneDNN.
     """
 
-    kernel_rows = 0
-    """Up to how many rows our CPU kernel multiplies; 0: it is not used."""
+    uses_cpu_kernel = False
 
     def create_weights(self, layer: nn.Module, input_size: int, output_size: int) -> None:
         """See LinearMethodBase."""
@@ -60,15 +58,15 @@ class UnquantizedLinearMethod(LinearMethodBase):
         """Choose the kernel; else prepack where that pays: 1.3 to 1.9x at one token, see docs/dev/milestone_1.md."""
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
-        self.kernel_rows = cpu_kernels.linear_row_limit(weight)
-        if not self.kernel_rows and cpu_can_pack(weight):
+        self.uses_cpu_kernel = cpu_kernels.multiplies(weight)
+        if not self.uses_cpu_kernel and cpu_can_pack(weight):
             layer.weight = nn.Parameter(pack_linear_weight(weight.data), requires_grad=False)
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """See LinearMethodBase."""
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
-        if x.shape[0] <= self.kernel_rows:
+        if self.uses_cpu_kernel:
             return cpu_kernels.linear(x, weight, bias)
         return linear_packed(x, weight, bias) if weight.is_mkldnn else F.linear(x, weight, bias)
 

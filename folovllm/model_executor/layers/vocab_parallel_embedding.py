@@ -35,7 +35,7 @@ class ParallelLMHead(VocabParallelEmbedding):
         """See VocabParallelEmbedding."""
         super().__init__(num_embeddings, embedding_dim)
         self._packed: torch.Tensor | None = None
-        self._kernel_rows = 0
+        self._uses_cpu_kernel = False
         self._tied = False
         self.deterministic = False
         """One tile for every number of rows, on CUDA."""
@@ -51,8 +51,8 @@ class ParallelLMHead(VocabParallelEmbedding):
 
         A tied table stays for look-ups, so packing copies it once more.
         """
-        self._kernel_rows = cpu_kernels.linear_row_limit(self.weight)
-        if not self._kernel_rows and cpu_can_pack(self.weight):
+        self._uses_cpu_kernel = cpu_kernels.multiplies(self.weight)
+        if not self._uses_cpu_kernel and cpu_can_pack(self.weight):
             self._packed = pack_linear_weight(self.weight.data)
             if not self._tied:
                 self.weight = nn.Parameter(torch.empty(0, dtype=self._packed.dtype), requires_grad=False)
@@ -61,7 +61,7 @@ class ParallelLMHead(VocabParallelEmbedding):
         """Return logits [n, V], in the model's dtype or float32, for hidden_states [n, E]."""
         if self.deterministic:
             return batch_linear.deterministic_linear(hidden_states, self.weight)
-        if hidden_states.shape[0] <= self._kernel_rows:
+        if self._uses_cpu_kernel:
             return cpu_kernels.linear(hidden_states, self.weight, float_output=True)
         if self._packed is not None:
             return linear_packed(hidden_states, self._packed, None)

@@ -131,7 +131,7 @@ def _run_on_cpu(
         normed = cpu_kernels.rms_norm(hidden, norm.weight, norm.eps)
         attended = _attend(layer, layer.qkv_proj(normed), positions, attn_metadata, pdl=False)
         norm = layer.post_norm
-        if hidden.shape[0] <= layer.kernel_rows:
+        if layer.uses_cpu_kernel:
             cpu_kernels.linear(attended, *layer.o_weights, residual=hidden)  # adds to hidden in place
             normed = cpu_kernels.rms_norm(hidden, norm.weight, norm.eps)
             activated = cpu_kernels.linear_silu_and_mul(normed, *layer.gate_up_weights)
@@ -193,8 +193,7 @@ class _Layer:
         weights = (self.qkv_weights, self.o_weights, self.gate_up_weights, self.down_weights)
         # Without biases, as the shapes of batch_linear.MEASURED were.
         self.is_plain = self.is_unquantized and all(bias is None for _, bias in weights)
-        # Up to how many rows the CPU kernel multiplies; 0: not at all.
-        self.kernel_rows = min(method.kernel_rows for method in methods) if self.is_unquantized else 0
+        self.uses_cpu_kernel = self.is_unquantized and all(method.uses_cpu_kernel for method in methods)
 
 
 def _product(projection: LinearBase) -> tuple[Callable[[torch.Tensor], torch.Tensor], tuple[Any, Any]]:
