@@ -59,11 +59,14 @@ TINY_MODELS: dict[str, tuple[type, type, dict[str, Any]]] = {
 }
 
 
-def make_tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
-    """Return the transformers model called `name`, float32, every parameter random (norms and biases too)."""
+def make_tiny_model(name: str, seed: int = 0, **config: int) -> PreTrainedModel:
+    """Return the transformers model called `name`, float32, every parameter random (norms and biases too).
+
+    `config` has fields that differ from the model's own.
+    """
     config_cls, model_cls, overrides = TINY_MODELS[name]
     torch.manual_seed(seed)
-    model = model_cls(config_cls(**(_COMMON | overrides))).float().eval()
+    model = model_cls(config_cls(**(_COMMON | overrides | config))).float().eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if "norm" in parameter_name:
@@ -73,9 +76,9 @@ def make_tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def save_tiny_model(path: Path, name: str, seed: int = 0) -> PreTrainedModel:
-    """Write the model called `name` to the folder `path` as safetensors; return the transformers model."""
-    model = make_tiny_model(name, seed)
+def save_tiny_model(path: Path, name: str, seed: int = 0, **config: int) -> PreTrainedModel:
+    """Write make_tiny_model(...) to the folder `path` as safetensors; return the transformers model."""
+    model = make_tiny_model(name, seed, **config)
     model.generation_config.eos_token_id = 2
     model.save_pretrained(path)
     return model

@@ -11,9 +11,10 @@
  *     rms_norm, silu_and_mul, rope_write_kv                                      cpu_kernels_typed.h
  *     paged_decode      attention of one new token per request, from the pages   the same two
  *     paged_prefill     attention of prompt chunks, from the pages, AMX only     cpu_prefill_bf16.h
+ *     decoder           all layers of a model in one call, AMX only              cpu_decoder_bf16.h
  *
  * Plain C without headers of torch: it compiles in about two seconds, on the user's machine and for its processor.
- * Every kernel but the last exists for float32 and bfloat16 (names end in _f32 and _bf16), both from a file that is
+ * Every kernel but the last two exists for float32 and bfloat16 (names end in _f32 and _bf16), both from a file that is
  * included twice. Sums are always float32; a result is rounded once, where torch's operators round.
  *
  * Threads are not ours. torch keeps a pool of OpenMP threads, which spin between two operators; a second pool would
@@ -170,7 +171,8 @@ typedef struct {
     void *out;                       /* [T, H, D] */
     float *partials;
     const int64_t *starts; /* [n + 1]: contexts laid end to end */
-    char *packed;          /* per thread, one request's queries as AMX wants them; NULL: without AMX */
+    int64_t shared;        /* tokens with which all contexts begin, in the same blocks; a multiple of DECODE_TILE */
+    int64_t packed_bytes;  /* of one request's queries as AMX wants them; 0: without AMX */
     int64_t n, H, Hkv, D, Bs, block_stride, value_offset, q_stride, table_stride;
     float scale;
 } decode_t;
@@ -194,6 +196,20 @@ static void locate(const decode_t *a, decode_tile_t *tile, int64_t request, int6
         tile->offsets[j] = blocks[block] * a->block_stride + in_block * row;
         if (++in_block == a->Bs) in_block = 0, block++;
     }
+}
+
+/* decode_t's `shared`: less than any context, so that every request has a token left to itself. */
+static int64_t shared_tokens(const decode_t *a) {
+    if (a->n < 2) return 0;
+    const int32_t *first = a->table + (a->reqs ? a->reqs[0] : 0) * a->table_stride;
+    int64_t blocks = INT64_MAX;
+    for (int64_t r = 0; r < a->n && blocks; r++) {
+        const int32_t *own = a->table + (a->reqs ? a->reqs[r] : r) * a->table_stride;
+        blocks = min64(blocks, (a->starts[r + 1] - a->starts[r] - 1) / a->Bs);
+        for (int64_t i = 0; i < blocks; i++)
+            if (own[i] != first[i]) blocks = i;
+    }
+    return blocks * a->Bs / DECODE_TILE * DECODE_TILE;
 }
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512BF16__)
@@ -227,6 +243,10 @@ static void locate(const decode_t *a, decode_tile_t *tile, int64_t request, int6
 #define STORE(x) float_to_bf16(x)
 #define IS_BF16 1
 #include "cpu_kernels_typed.h"
+
+#if HAVE_AVX512_BF16 && HAVE_AMX
+#include "cpu_decoder_bf16.h"
+#endif
 
 /* ---- Start-up -------------------------------------------------------------------------------------------------- */
 

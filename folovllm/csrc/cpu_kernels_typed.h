@@ -105,13 +105,25 @@ static void NAME(norm_body)(void *args, int thread, int num_threads) {
     for (int64_t t = begin; t < end; t++) {
         const T_ *x = (const T_ *)a->x + t * a->ldx;
         T_ *out = (T_ *)a->out + t * E;
-        if (a->residual) {
-            T_ *residual = (T_ *)a->residual + t * E;
-            for (int64_t i = 0; i < E; i++) residual[i] = STORE(LOAD(residual[i]) + LOAD(x[i]));
+        T_ *residual = a->residual ? (T_ *)a->residual + t * E : NULL;
+        int64_t i = 0;
+#if IS_BF16 && HAVE_AVX512_BF16
+        for (; residual && i + 16 <= E; i += 16)
+            _mm256_storeu_si256((__m256i *)(residual + i), narrow16(_mm512_add_ps(widen16(residual + i), widen16(x + i))));
+#endif
+        if (residual) {
+            for (; i < E; i++) residual[i] = STORE(LOAD(residual[i]) + LOAD(x[i]));
             x = residual;
         }
         float scale = NAME(inverse_rms)(x, E, a->eps);
-        for (int64_t i = 0; i < E; i++) out[i] = STORE(LOAD(x[i]) * scale * LOAD(weight[i]));
+        i = 0;
+#if IS_BF16 && HAVE_AVX512_BF16
+        for (__m512 factor = _mm512_set1_ps(scale); i + 16 <= E; i += 16) {
+            __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(widen16(x + i), factor), widen16(weight + i));
+            _mm256_storeu_si256((__m256i *)(out + i), narrow16(scaled));
+        }
+#endif
+        for (; i < E; i++) out[i] = STORE(LOAD(x[i]) * scale * LOAD(weight[i]));
     }
 }
 
@@ -212,6 +224,8 @@ API void NAME(folo_rope_write_kv)(void *qkv, const int64_t *positions, const voi
  * largest score m, the sum l of e^(score - m), and the sum of e^(score - m) * value. Two such results are combined by
  * bringing both to the larger m (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"). A thread
  * has at most two cut requests, its first and its last, hence two places for partial results.
+ *
+ * Requests that begin with the same blocks (a system prompt) meet these together: attend_shared.
  *
  * Within a part: tiles of 64 tokens; for each, all scores of a KV head's G query heads, then their sum of values. What
  * is here does that everywhere; with AMX, bfloat16 has attend_amx in cpu_linear_bf16.h instead.
@@ -376,53 +390,110 @@ static void NAME(write_attended)(const decode_t *a, int64_t request, const float
     }
 }
 
+/* Attend with a request over a tile, on AMX where `packed` holds its query. */
+static inline void NAME(attend_tile)(const decode_t *a, const decode_tile_t *tile, const decode_tile_t *next,
+                                     const T_ *q, const char *packed, float *state) {
+#if IS_BF16 && HAVE_AVX512_BF16 && HAVE_AMX
+    if (packed) {
+        attend_amx(a, tile, next, packed, state);
+        return;
+    }
+#endif
+    (void)packed;
+    NAME(attend)(a, tile, next, q, state);
+}
+
+/* Begin a request: its running numbers, and its query as AMX wants it, if it does; return the query. */
+static const T_ *NAME(start_request)(const decode_t *a, int64_t r, float *state, char *packed) {
+    for (int64_t h = 0; h < a->H; h++) state[h] = -INFINITY;
+    memset(state + a->H, 0, (size_t)(a->H * (a->D + 1)) * sizeof(float));
+    const T_ *q = (const T_ *)a->q + (a->rows ? a->rows[r] : r) * a->q_stride;
+#if IS_BF16 && HAVE_AVX512_BF16 && HAVE_AMX
+    if (packed) pack_query(a, q, packed);
+#endif
+    (void)packed;
+    return q;
+}
+
+/* The shared tokens of requests [first, last), each tile with all of them while it is in the cache ("cascade attention").
+ * Each request meets the tiles in the order in which it would meet them alone: its result is the same, to the bit. */
+static void NAME(attend_shared)(const decode_t *a, int64_t first, int64_t last, float *states, char *packed) {
+    int64_t size = a->H * (a->D + 2);
+    decode_tile_t tiles[2], none = {{0}, 0};
+    locate(a, &tiles[0], first, 0, a->shared);
+    for (int64_t r = first; r < last; r++)
+        NAME(start_request)(a, r, states + (r - first) * size, packed ? packed + (r - first) * a->packed_bytes : NULL);
+    for (int64_t at = 0, i = 0; at < a->shared; at += DECODE_TILE, i ^= 1) {
+        decode_tile_t *next = &tiles[i ^ 1];
+        next->count = 0;
+        if (at + DECODE_TILE < a->shared) locate(a, next, first, at + DECODE_TILE, a->shared);
+        for (int64_t r = first; r < last; r++)
+            NAME(attend_tile)(a, &tiles[i], r == first ? next : &none,
+                              (const T_ *)a->q + (a->rows ? a->rows[r] : r) * a->q_stride,
+                              packed ? packed + (r - first) * a->packed_bytes : NULL, states + (r - first) * size);
+    }
+}
+
 static void NAME(decode_body)(void *args, int thread, int num_threads) {
     const decode_t *a = args;
     int64_t begin, end, r = 0, H = a->H, size = H * (a->D + 2);
     share(a->starts[a->n], thread, num_threads, &begin, &end);
     if (begin == end) return;
     float *partials = a->partials + thread * 3 * size; /* first, last, and one to work in */
-    decode_tile_t tiles[2], *tile = &tiles[0], *next = &tiles[1];
     while (a->starts[r + 1] <= begin) r++;
-    locate(a, tile, r, begin - a->starts[r], min64(a->starts[r + 1], end) - a->starts[r]);
+    int64_t whole = a->starts[r] < begin ? r + 1 : r, whole_end = whole; /* the requests that lie within this part */
+    while (whole_end < a->n && a->starts[whole_end + 1] <= end) whole_end++;
+    int64_t count = a->shared && whole_end - whole > 1 ? whole_end - whole : 0;
+    float *states = NULL;
+    char *packed = NULL; /* of the requests that share, and one more */
+#if IS_BF16 && HAVE_AVX512_BF16 && HAVE_AMX
+    if (a->packed_bytes) {
+        packed = scratch((size_t)((count + 1) * a->packed_bytes));
+        configure_tiles();
+    }
+#endif
+    if (count) {
+        states = scratch((size_t)(count * size) * sizeof(float));
+        NAME(attend_shared)(a, whole, whole_end, states, packed);
+    }
+#define SHARES(r) (count && (r) >= whole && (r) < whole_end)
+    decode_tile_t tiles[2], *tile = &tiles[0], *next = &tiles[1];
+    int64_t from = SHARES(r) ? a->shared : begin - a->starts[r]; /* where in request r we are */
+    locate(a, tile, r, from, min64(a->starts[r + 1], end) - a->starts[r]);
     float *state = NULL;
     const T_ *q = NULL;
-#if IS_BF16 && HAVE_AVX512_BF16 && HAVE_AMX
-    char *packed = a->packed ? a->packed + thread * packed_query_bytes(a) : NULL;
-    if (packed) configure_tiles();
-#endif
-    for (int64_t at = begin; at < end;) { /* `at`, like `begin` and `end`, counts along all contexts */
+    char *query = NULL;
+    while (a->starts[r] + from < end) {
         int cut_before = a->starts[r] < begin, cut_after = a->starts[r + 1] > end;
-        if (!state) { /* the request's first tile here */
-            state = partials + (cut_before ? 0 : cut_after ? 1 : 2) * size;
-            for (int64_t h = 0; h < H; h++) state[h] = -INFINITY;
-            memset(state + H, 0, (size_t)(size - H) * sizeof(float));
+        if (!state && SHARES(r)) {
+            state = states + (r - whole) * size;
             q = (const T_ *)a->q + (a->rows ? a->rows[r] : r) * a->q_stride;
-#if IS_BF16 && HAVE_AVX512_BF16 && HAVE_AMX
-            if (packed) pack_query(a, q, packed);
-#endif
+            query = packed ? packed + (r - whole) * a->packed_bytes : NULL;
+        } else if (!state) { /* the request's first tile here */
+            state = partials + (cut_before ? 0 : cut_after ? 1 : 2) * size;
+            query = packed ? packed + count * a->packed_bytes : NULL;
+            q = NAME(start_request)(a, r, state, query);
         }
-        at += tile->count;
-        int64_t following = at == a->starts[r + 1] ? r + 1 : r;
+        from += tile->count;
+        int done = a->starts[r] + from == a->starts[r + 1];
+        int64_t following = done ? r + 1 : r, next_from = !done ? from : SHARES(r + 1) ? a->shared : 0;
         next->count = 0;
-        if (at < end)
-            locate(a, next, following, at - a->starts[following],
-                         min64(a->starts[following + 1], end) - a->starts[following]);
-#if IS_BF16 && HAVE_AVX512_BF16 && HAVE_AMX
-        if (packed)
-            attend_amx(a, tile, next, packed, state);
-        else
-#endif
-            NAME(attend)(a, tile, next, q, state);
-        if (following != r && !cut_before) NAME(write_attended)(a, r, state);
-        if (following != r) state = NULL;
-        r = following;
+        if (following < a->n && a->starts[following] + next_from < end)
+            locate(a, next, following, next_from, min64(a->starts[following + 1], end) - a->starts[following]);
+        NAME(attend_tile)(a, tile, next, q, query, state);
+        if (done && !cut_before) NAME(write_attended)(a, r, state);
+        if (done) state = NULL;
+        if (following == a->n) break;
+        r = following, from = next_from;
         decode_tile_t *swap = tile;
         tile = next, next = swap;
     }
+#undef SHARES
 #if IS_BF16 && HAVE_AVX512_BF16 && HAVE_AMX
     if (packed) _tile_release();
 #endif
+    free(packed);
+    free(states);
 }
 
 /* Bring partial results `into` and `other` of the same request together in `into`. */
@@ -461,11 +532,12 @@ API void NAME(folo_paged_decode)(const void *q, const void *kv_cache, const int3
     if (starts[n] < 64) num_threads = 1;
     float *partials = scratch((size_t)(num_threads * 3 * size) * sizeof(float));
     NAME(decode_task_t)
-    task = {{q, kv_cache, table, seq_lens, rows, reqs, out, partials, starts, NULL, n, H, Hkv, D, Bs, block_stride,
+    task = {{q, kv_cache, table, seq_lens, rows, reqs, out, partials, starts, 0, 0, n, H, Hkv, D, Bs, block_stride,
              value_offset, q_stride, table_stride, scale}, 1};
-#if IS_BF16 && HAVE_AVX512_BF16 && HAVE_AMX
     decode_t *decode = &task.decode;
-    if (can_attend_amx(decode)) decode->packed = scratch((size_t)(num_threads * packed_query_bytes(decode)));
+    decode->shared = shared_tokens(decode);
+#if IS_BF16 && HAVE_AVX512_BF16 && HAVE_AMX
+    if (can_attend_amx(decode)) decode->packed_bytes = packed_query_bytes(decode);
 #endif
     run(NAME(decode_entry), &task, num_threads);
     /* A cut request: its first part is the last place of a thread, the others are the first places of those after. */
@@ -483,7 +555,6 @@ API void NAME(folo_paged_decode)(const void *q, const void *kv_cache, const int3
         }
         NAME(write_attended)(&task.decode, r, whole);
     }
-    free(task.decode.packed);
     free(partials);
     free(starts);
 }

@@ -35,7 +35,7 @@ from folovllm.utils.common import default_cache_dir
 
 SOURCES = tuple(
     Path(__file__).parent.parent / "csrc" / name
-    for name in ("cpu_kernels.c", "cpu_linear_bf16.h", "cpu_gemm_bf16.h", "cpu_prefill_bf16.h", "cpu_kernels_typed.h")
+    for name in ("cpu_kernels.c", "cpu_linear_bf16.h", "cpu_gemm_bf16.h", "cpu_prefill_bf16.h", "cpu_kernels_typed.h", "cpu_decoder_bf16.h")
 )
 """The first is compiled; it includes the others."""
 COMPILERS = ("cc", "gcc", "clang")
@@ -67,6 +67,7 @@ _silu_and_mul: dict[torch.dtype, Function] = {}
 _rope_write_kv: dict[torch.dtype, Function] = {}
 _paged_decode: dict[torch.dtype, Function] = {}
 _paged_prefill: Function | None = None
+_decoder: Function | None = None
 _features = 0
 
 PTR, I64, INT, F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -121,8 +122,8 @@ def usable(tensor: torch.Tensor) -> bool:
 def multiplies(weight: torch.Tensor) -> bool:
     """Return whether `linear` with `weight` [N, K] beats torch's product, at any number of rows.
 
-    Only its AMX code does: 1.3 to 2 times. Plain float32 code is 1.0 to 1.5 times slower than torch, AVX-512 alone faster
-    than torch up to 4 rows only.
+    Only its AMX code does: 1.3 to 2 times. Plain float32 code is 1.0 to 1.5 times slower than torch; AVX-512 alone is
+    faster than torch up to 4 rows only.
     """
     amx = usable(weight) and weight.dtype == torch.bfloat16 and _features & AMX_BF16
     return bool(amx) and weight.shape[1] % 32 == 0 and weight.shape[0] >= 16
@@ -212,7 +213,7 @@ def _openmp_entry_points() -> list[ctypes.c_void_p] | None:
 
 
 def _load(path: Path, entry_points: list[ctypes.c_void_p]) -> None:
-    global _features, _paged_prefill
+    global _features, _paged_prefill, _decoder
     library = ctypes.CDLL(str(path))
     library.folo_init.argtypes = [PTR, PTR, PTR]
     _features = library.folo_init(*entry_points)
@@ -224,6 +225,8 @@ def _load(path: Path, entry_points: list[ctypes.c_void_p]) -> None:
     if _features & AMX_BF16:
         _paged_prefill = library.folo_paged_prefill_bf16
         _paged_prefill.argtypes, _paged_prefill.restype = [PTR] * 5 + [I64] * 9 + [F32, INT], None
+        _decoder = library.folo_decoder_bf16
+        _decoder.argtypes, _decoder.restype = [PTR], None
 
 
 def _has_whole_blocks(kv_cache: torch.Tensor) -> bool:
@@ -371,7 +374,7 @@ def qk_norm_rope_write_kv(
         num_kv_heads: Hkv.
         keep_keys: False: the keys in `qkv` are overwritten as the queries are, for an attention that wants them there.
     """
-    _, num_blocks, block_size, _, head_size = kv_cache.shape
+    _, _, block_size, _, head_size = kv_cache.shape
     num_tokens = qkv.shape[0]
     assert qkv.is_contiguous() and qkv.shape[1] == (num_heads + 2 * num_kv_heads) * head_size
     assert _has_whole_blocks(kv_cache) and kv_cache.dtype == qkv.dtype and kv_cache.shape[3] == num_kv_heads
@@ -500,3 +503,9 @@ def paged_prefill(
         scale,
         torch.get_num_threads(),
     )
+
+
+def decoder(arguments: int) -> None:
+    """Run all layers of a model; `arguments` is the address of a decoder_t (models/cpu_decoder.py fills it in)."""
+    assert _decoder is not None
+    _decoder(arguments)

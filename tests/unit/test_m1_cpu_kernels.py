@@ -253,6 +253,38 @@ def check_paged_decode(
         assert out[untouched].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block_size", [8, 13, 16, 64])
+def test_paged_decode_of_a_shared_prefix(block_size: int, dtype: torch.dtype, threads: int) -> None:
+    """Requests that begin with the same blocks: all of them, and beside one that does not."""
+    lengths, shared, num_heads, num_kv_heads, head_size = [209, 210, 208 + 64, 300, 209], 208, 6, 2, 32
+    common, blocks = shared // block_size, [-(-n // block_size) for n in lengths]
+    ids = torch.randperm(sum(blocks)).int()
+    table = torch.zeros(len(lengths), max(blocks), dtype=torch.int32)
+    for b, own in enumerate(ids.split(blocks)):
+        table[b, : blocks[b]] = own
+        table[b, :common] = table[0, :common]
+    strange = table[:1].clone()  # as long as the first, in blocks of its own from the third on
+    strange[0, 2 : blocks[0]] = table[3, blocks[3] - (blocks[0] - 2) : blocks[3]]
+    table, lengths = torch.cat([table, strange]), [*lengths, lengths[0]]
+    cache = torch.randn(2, int(ids.numel()), block_size, num_kv_heads, head_size).to(dtype)
+    query = torch.randn(len(lengths), num_heads, head_size).to(dtype)
+    seq_lens = torch.tensor(lengths, dtype=torch.int32)
+    for reqs in ([0, 1, 2, 3, 4], [4, 2], [0, 5, 3], [1, 2, 3, 5]):
+        index = torch.tensor(reqs, dtype=torch.int32)
+        out, alone = poisoned(tuple(query.shape), dtype), poisoned(tuple(query.shape), dtype)
+        cpu_kernels.paged_decode(query, cache, table, seq_lens, out, 0.2, index, index)
+        for b in reqs:
+            pages = cache[:, table[b].long()].flatten(1, 2)[:, : lengths[b]].double()
+            keys, values = pages.repeat_interleave(num_heads // num_kv_heads, 2).transpose(1, 2)
+            weights = (query[b].double().unsqueeze(1) @ keys.transpose(1, 2) * 0.2).softmax(-1)
+            assert_near(out[b], (weights @ values).squeeze(1), 2)
+            only = torch.tensor([b], dtype=torch.int32)
+            cpu_kernels.paged_decode(query, cache, table, seq_lens, alone, 0.2, only, only)
+        if threads == 1:  # more of them cut a request elsewhere in another batch
+            assert torch.equal(out[reqs], alone[reqs]), "the tiles are met in the same order"
+
+
 def test_one_openmp_library_is_mapped() -> None:
     maps = Path("/proc/self/maps")
     if not maps.exists():

@@ -8,7 +8,7 @@ so what counts is how many there are, and how soon each starts after the one bef
     CUDA, small   norm+qkv | QK-norm, rotation, KV write | attention | o+residual | norm+gate+up+SiLU-mul
                   | down+residual                                               6 kernels a layer
     CPU           norm | qkv | QK-norm, rotation, KV write | attention | o+residual | norm | gate+up+SiLU-mul
-                  | down+residual                                               8 calls a layer, at few rows
+                  | down+residual                                               8 calls a layer; with AMX, one a step
 
 A small batch reads each weight once for a handful of multiplications. On CUDA our own products then beat cuBLAS, since
 they take their neighbours in and start to read weights before the kernel before them has ended (small_batch_linear.py);
@@ -23,11 +23,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from folovllm.attention.backends.abstract import AttentionMetadata
+from folovllm.attention.backends.paged import PagedMetadata
 from folovllm.model_executor.layers import batch_linear, small_batch_linear
 from folovllm.model_executor.layers.attention import Attention
 from folovllm.model_executor.layers.fused_ops import qk_norm_rope_write_kv, rms_norm, silu_and_mul
 from folovllm.model_executor.layers.layernorm import RMSNorm
 from folovllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from folovllm.model_executor.models.cpu_decoder import CPUDecoder
 from folovllm.utils import cpu_kernels
 
 if TYPE_CHECKING:
@@ -126,7 +128,13 @@ def _run_small_batch(
 def _run_on_cpu(
     model: LlamaModel, hidden: torch.Tensor, positions: torch.Tensor, attn_metadata: AttentionMetadata
 ) -> torch.Tensor:
-    for layer in _layers_of(model):
+    layers = _layers_of(model)
+    if isinstance(attn_metadata, PagedMetadata) and CPUDecoder.takes(layers, attn_metadata):
+        if model.cpu_decoder is None or model.cpu_decoder.is_stale(layers):
+            model.cpu_decoder = CPUDecoder(model, layers)
+        decoder: CPUDecoder = model.cpu_decoder
+        return decoder.run(hidden, positions, attn_metadata)
+    for layer in layers:
         norm = layer.input_norm
         normed = cpu_kernels.rms_norm(hidden, norm.weight, norm.eps)
         attended = _attend(layer, layer.qkv_proj(normed), positions, attn_metadata, pdl=False)
@@ -143,7 +151,7 @@ def _run_on_cpu(
 
 
 def _attend(
-    layer: _Layer, qkv: torch.Tensor, positions: torch.Tensor, attn_metadata: AttentionMetadata, pdl: bool
+    layer: Layer, qkv: torch.Tensor, positions: torch.Tensor, attn_metadata: AttentionMetadata, pdl: bool
 ) -> torch.Tensor:
     """Return the attended values [T, H * D] for the projection's output [T, (H + 2 Hkv) * D], which is overwritten."""
     query = qk_norm_rope_write_kv(
@@ -172,7 +180,7 @@ class _Norm:
         self.eps = norm.variance_epsilon
 
 
-class _Layer:
+class Layer:
     """What of a decoder layer the kernels take, looked up once: nn.Module's look-ups cost 0.5 ms a step on a CPU."""
 
     def __init__(self, layer: Any) -> None:
@@ -201,10 +209,10 @@ def _product(projection: LinearBase) -> tuple[Callable[[torch.Tensor], torch.Ten
     return projection.forward, (getattr(projection, "weight", None), projection.bias)
 
 
-def _layers_of(model: LlamaModel) -> list[_Layer]:
+def _layers_of(model: LlamaModel) -> list[Layer]:
     if model.fused_layers is None:
-        model.fused_layers = [_Layer(layer) for layer in model.layers]
-    layers: list[_Layer] = model.fused_layers
+        model.fused_layers = [Layer(layer) for layer in model.layers]
+    layers: list[Layer] = model.fused_layers
     return layers
 
 

@@ -184,6 +184,8 @@ class LlamaModel(nn.Module):
         """Run the layers through models/fused_decoder.py where it can; False: module by module, to watch or change."""
         self.fused_layers: Any = None
         """What models/fused_decoder.py has looked up of the layers, once they have run."""
+        self.cpu_decoder: Any = None
+        """Where models/cpu_decoder.py runs the layers, likewise."""
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, attn_metadata: AttentionMetadata

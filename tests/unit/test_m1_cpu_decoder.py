@@ -1,0 +1,94 @@
+"""All layers in one call: the results of the same kernels called one by one, and near those of plain modules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from folovllm.attention.backends.paged import PagedBackend
+from folovllm.config import ModelConfig
+from folovllm.model_executor.layers.attention import Attention
+from folovllm.model_executor.model_loader.build import get_model
+from folovllm.model_executor.model_loader.source import resolve_model_source
+from folovllm.model_executor.models.cpu_decoder import CPUDecoder
+from folovllm.model_executor.models.llama import LlamaForCausalLM
+from folovllm.utils import cpu_kernels
+from tests.tiny_models import VOCAB_SIZE, save_tiny_model
+from tests.unit.test_m1_models import metadata_for
+
+pytestmark = pytest.mark.skipif(
+    not (cpu_kernels.available()[0] and cpu_kernels.features() & cpu_kernels.AMX_BF16), reason="needs AMX"
+)
+BLOCK_SIZE, NUM_BLOCKS = 16, 40
+
+
+def load(path: Path) -> LlamaForCausalLM:
+    source = resolve_model_source(str(path))
+    config = ModelConfig(model=str(path), hf_config=source.hf_config())
+    model = get_model(config, source, PagedBackend, None, torch.bfloat16, torch.device("cpu"), use_tqdm=False)
+    bind_caches(model)
+    return model
+
+
+def bind_caches(model: LlamaForCausalLM) -> None:
+    """One memory for all layers, as the model runner has it."""
+    layers = [m for m in model.modules() if isinstance(m, Attention)]
+    shape = (NUM_BLOCKS, len(layers), 2, BLOCK_SIZE, layers[0].num_kv_heads, layers[0].head_size)
+    memory = torch.full(shape, float("nan"), dtype=torch.bfloat16)
+    for i, layer in enumerate(layers):
+        layer.kv_cache = memory[:, i].transpose(0, 1)
+
+
+@torch.inference_mode()
+def run_steps(model: LlamaForCausalLM) -> list[torch.Tensor]:
+    """Logits of a step of prompts, a mixed one, and one of decodes alone; three requests."""
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(3, VOCAB_SIZE, (3, 160), generator=generator)
+    tables = [list(range(12 * b + 12, 12 * b, -1)) for b in range(3)]
+    logits = []
+    for chunks in ([(0, 1), (0, 37), (0, 150)], [(1, 2), (37, 60), (150, 151)], [(2, 3), (60, 61), (151, 152)]):
+        metadata = PagedBackend.build_metadata(metadata_for(chunks, tables, BLOCK_SIZE), BLOCK_SIZE, torch.bfloat16)
+        ids = torch.cat([prompts[b, start:end] for b, (start, end) in enumerate(chunks)])
+        positions = torch.cat([torch.arange(start, end) for start, end in chunks])
+        logits.append(model.compute_logits(model(ids, positions, metadata)))
+    return logits
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-biases", "llama-mha", "llama3-rope", "qwen2", "qwen3-tied"])
+def test_equals_calls_one_by_one(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny_model(tmp_path, name, intermediate_size=160, head_dim=32)
+    model = load(tmp_path)
+    together = run_steps(model)
+    assert isinstance(model.model.cpu_decoder, CPUDecoder), "it was taken"
+    first = model.model.cpu_decoder
+    bind_caches(model)
+    again = run_steps(model)
+    assert model.model.cpu_decoder is not first, "other caches are other addresses"
+    with monkeypatch.context() as patch:
+        patch.setattr(CPUDecoder, "run", lambda *args: pytest.fail("not taken"))
+        patch.setattr(CPUDecoder, "takes", lambda *args: False)
+        bind_caches(model)
+        one_by_one = run_steps(model)
+    for step, repeated, expected in zip(together, again, one_by_one, strict=True):
+        assert torch.equal(step, expected) and torch.equal(repeated, expected)
+    model.model.fuse = False
+    bind_caches(model)
+    for step, expected in zip(together, run_steps(model), strict=True):
+        assert (step - expected).norm() < 0.05 * expected.norm(), "other roundings, no other numbers"
+
+
+@pytest.mark.parametrize(
+    "config", [{"intermediate_size": 112, "head_dim": 32}, {"intermediate_size": 160, "head_dim": 24}]
+)
+def test_shapes_without_a_kernel_are_left_alone(config: dict[str, int], tmp_path: Path) -> None:
+    """Inner sizes that fill no tile; heads that do not."""
+    save_tiny_model(tmp_path, "llama", **config)
+    model = load(tmp_path)
+    logits = run_steps(model)
+    assert model.model.cpu_decoder is None
+    model.model.fuse = False
+    bind_caches(model)
+    for step, expected in zip(logits, run_steps(model), strict=True):
+        assert (step - expected).norm() < 0.05 * expected.norm()
