@@ -43,6 +43,9 @@ import torch
 import triton
 import triton.language as tl
 
+from folovllm.utils.common import power_of_2_at_least
+from folovllm.utils.triton_launch import fast_launch
+
 LOG2_E = math.log2(math.e)
 DETERMINISTIC_SPLIT_TOKENS = 256
 """Least tokens of a split in deterministic mode, for contexts of up to 32 of them; longer bounds double it."""
@@ -113,7 +116,7 @@ def shared_workspace(num_partials: int, num_arrivals: int, device: torch.device)
     if not held or not held[-1].holds(num_partials, num_arrivals):
         recording = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         assert not recording, "launch once before recording, so that the workspace exists"
-        rounded = triton.next_power_of_2(num_partials), triton.next_power_of_2(num_arrivals)
+        rounded = power_of_2_at_least(num_partials), power_of_2_at_least(num_arrivals)
         held.append(DecodeWorkspace.allocate(*rounded, device))
     return held[-1]
 
@@ -208,6 +211,7 @@ def _combine_parts(
 
 
 # fmt: off
+@fast_launch
 @triton.jit(
     do_not_specialize=["num_splits", "split_tokens", "stride_table"], do_not_specialize_on_alignment=["rows", "reqs"]
 )
@@ -320,7 +324,7 @@ def choose_decode_config(
 
 def _fit(config: DecodeConfig, head_size: int, itemsize: int, limit_bytes: int) -> DecodeConfig:
     """Shorten the pipeline, then the tile, until keys and values of all stages fit shared memory."""
-    tile_bytes = 2 * triton.next_power_of_2(head_size) * itemsize
+    tile_bytes = 2 * power_of_2_at_least(head_size) * itemsize
     while config.block_n * tile_bytes * config.num_stages > limit_bytes and config.num_stages > 2:
         config = replace(config, num_stages=config.num_stages - 1)
     while config.block_n * tile_bytes * config.num_stages > limit_bytes and config.block_n > 16:
@@ -367,7 +371,7 @@ def paged_decode(
     _, num_heads, head_size = query.shape
     block_size, num_kv_heads = kv_cache.shape[2], kv_cache.shape[3]
     group = num_heads // num_kv_heads
-    head_pad, group_pad = max(16, triton.next_power_of_2(head_size)), triton.next_power_of_2(group)
+    head_pad, group_pad = max(16, power_of_2_at_least(head_size)), power_of_2_at_least(group)
     partial_out = partial_lse = arrivals = out  # not touched when no context is cut
     if config.num_splits > 1:
         size = decode_workspace_size(num_decodes, num_heads, num_kv_heads, head_size, config)

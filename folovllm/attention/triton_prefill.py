@@ -24,6 +24,7 @@ H query heads, Hkv KV heads, G = H / Hkv, D head size, Nb blocks, Bs block size.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # Kernels are typed by Triton, from the arguments of each launch.
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -33,6 +34,8 @@ import triton
 import triton.language as tl
 
 from folovllm.attention.triton_decode import LOG2_E
+from folovllm.utils.common import power_of_2_at_least
+from folovllm.utils.triton_launch import fast_launch
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ def _attend_tiles(
     return acc, highest, total
 
 
+@fast_launch
 @triton.jit(do_not_specialize=["stride_table"])
 def _prefill_kernel(
     query,
@@ -170,6 +174,7 @@ def _prefill_kernel(
     tl.store(out + out_offsets[:, None] + dims[None, :], attended.to(out.dtype.element_ty), mask=used)
 
 
+@functools.cache
 def choose_prefill_config(
     group: int,
     *,
@@ -179,12 +184,12 @@ def choose_prefill_config(
 ) -> PrefillConfig:
     """Return the tiles for `group` query heads a KV head. They depend on the model alone, never on the batch."""
     if dtype.itemsize == 4:  # float32 runs without tensor cores: small tiles, or registers spill
-        config = PrefillConfig(max(32, triton.next_power_of_2(group)), 32, 8, 1)
+        config = PrefillConfig(max(32, power_of_2_at_least(group)), 32, 8, 1)
     elif head_size > 128:
-        config = PrefillConfig(max(64, triton.next_power_of_2(group)), 64, 8, 2)
+        config = PrefillConfig(max(64, power_of_2_at_least(group)), 64, 8, 2)
     else:
-        config = PrefillConfig(max(64, triton.next_power_of_2(group)), 64, 4, 3)
-    row_bytes: int = triton.next_power_of_2(head_size) * dtype.itemsize
+        config = PrefillConfig(max(64, power_of_2_at_least(group)), 64, 4, 3)
+    row_bytes: int = power_of_2_at_least(head_size) * dtype.itemsize
 
     def fits(config: PrefillConfig) -> bool:
         rows = config.block_m + 2 * config.block_n * max(1, config.num_stages - 1)
@@ -198,7 +203,7 @@ def choose_prefill_config(
 
 
 def build_tiles(
-    starts: Sequence[int], seq_lens: Sequence[int], requests: Sequence[int], tile_tokens: int
+    starts: Sequence[int] | np.ndarray, seq_lens: Sequence[int] | np.ndarray, requests: Sequence[int], tile_tokens: int
 ) -> np.ndarray:
     """Return the query tiles of `requests`, most keys first: [tiles, 4] int32 of request, row, position, tokens.
 
@@ -240,10 +245,11 @@ def paged_prefill(
     assert group <= config.block_m
     if tiles.shape[0] == 0:
         return
+    keys, values = kv_cache.unbind()
     _prefill_kernel[(num_kv_heads, tiles.shape[0])](
-        query, kv_cache[0], kv_cache[1], block_table, tiles, out, scale * k_scale * LOG2_E, v_scale,
+        query, keys, values, block_table, tiles, out, scale * k_scale * LOG2_E, v_scale,
         query.stride(0), out.stride(0), kv_cache.stride(1), kv_cache.stride(2), block_table.stride(0),
-        GROUP=group, D=head_size, D_PAD=max(16, triton.next_power_of_2(head_size)), BLOCK_SIZE=block_size,
+        GROUP=group, D=head_size, D_PAD=max(16, power_of_2_at_least(head_size)), BLOCK_SIZE=block_size,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, TABLE_AHEAD=config.table_ahead,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

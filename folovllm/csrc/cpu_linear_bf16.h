@@ -35,22 +35,6 @@ static inline __m512 round16(__m512 x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow16(x)), 16));
 }
 
-/* exp_approx of sixteen numbers. */
-static inline __attribute__((always_inline)) __m512 exp16(__m512 x) {
-    const __m512 big = _mm512_set1_ps(12582912.0f);
-    x = _mm512_min_ps(_mm512_set1_ps(80.0f), _mm512_max_ps(_mm512_set1_ps(-80.0f), x)); /* a NaN stays one */
-    __m512 shifted = _mm512_fmadd_ps(x, _mm512_set1_ps(1.44269504f), big);
-    __m512 n = _mm512_sub_ps(shifted, big);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
-    const float coefficients[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
-    __m512 p = _mm512_set1_ps(1.0f / 5040);
-#pragma GCC unroll 7
-    for (int i = 0; i < 7; i++) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(coefficients[i]));
-    __m512i exponent = _mm512_slli_epi32(_mm512_add_epi32(_mm512_castps_si512(shifted), _mm512_set1_epi32(127)), 23);
-    return _mm512_mul_ps(p, _mm512_castsi512_ps(exponent));
-}
-
 /* 2^x, relative error 3e-6; 2^0 = 1 and 2^-inf = 0 exactly. The fraction's power by a polynomial, the rest
  * by the exponent. */
 static inline __m512 exp2_16(__m512 x) {
@@ -364,11 +348,13 @@ static void soften_amx(float *scores, int count, float scale, int64_t heads, flo
         }
     }
     __m512 largest = _mm512_max_ps(_mm512_max_ps(top[0], top[1]), _mm512_max_ps(top[2], top[3]));
+    const __m512 log2_e = _mm512_set1_ps(1.44269504f);
+    __m512 factor2 = _mm512_mul_ps(factor, log2_e), largest2 = _mm512_mul_ps(largest, log2_e);
     __m512 sum = _mm512_maskz_loadu_ps(mask, l);
     __mmask16 larger = _mm512_mask_cmp_ps_mask(mask, largest, before, _CMP_GT_OQ);
     if (larger) {
         float shrink[16] __attribute__((aligned(64)));
-        __m512 by = exp16(_mm512_sub_ps(before, largest));
+        __m512 by = exp2_16(_mm512_fmsub_ps(before, log2_e, largest2));
         sum = _mm512_mask_mul_ps(sum, larger, sum, by);
         _mm512_store_ps(shrink, by);
         for (int64_t h = 0; h < heads; h++)
@@ -377,7 +363,7 @@ static void soften_amx(float *scores, int count, float scale, int64_t heads, flo
         _mm512_mask_storeu_ps(m, mask, largest);
     }
     for (int j = 0; j < count; j++) {
-        __m512 weight = exp16(_mm512_fmsub_ps(_mm512_load_ps(scores + j * 16), factor, largest));
+        __m512 weight = exp2_16(_mm512_fmsub_ps(_mm512_load_ps(scores + j * 16), factor2, largest2));
         _mm512_store_ps(scores + j * 16, weight);
         sum = _mm512_add_ps(sum, weight);
         if (j % 8 == 7) ask(ahead, 1);

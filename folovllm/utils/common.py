@@ -58,6 +58,11 @@ def cdiv(a: int, b: int) -> int:
     return -(a // -b)
 
 
+def power_of_2_at_least(n: int) -> int:
+    """Return the smallest power of two >= n, for n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def round_up(a: int, b: int) -> int:
     """Return the smallest multiple of `b` that is at least `a`."""
     return cdiv(a, b) * b

@@ -34,8 +34,15 @@ import torch
 from folovllm.utils.common import default_cache_dir
 
 SOURCES = tuple(
-    Path(__file__).parent.parent / "csrc" / name
-    for name in ("cpu_kernels.c", "cpu_linear_bf16.h", "cpu_gemm_bf16.h", "cpu_prefill_bf16.h", "cpu_kernels_typed.h", "cpu_decoder_bf16.h")
+    Path(__file__).parent.parent / "csrc" / f"cpu_{name}"
+    for name in (
+        "kernels.c",
+        "kernels_typed.h",
+        "linear_bf16.h",
+        "gemm_bf16.h",
+        "prefill_bf16.h",
+        "decoder_bf16.h",
+    )
 )
 """The first is compiled; it includes the others."""
 COMPILERS = ("cc", "gcc", "clang")

@@ -1,4 +1,4 @@
-"""CUDA graphs: a decode step recorded once per batch size and replayed (vLLM: `compilation/cuda_graph.py`).
+"""CUDA graphs: a step recorded once per size and replayed (vLLM: `compilation/cuda_graph.py`).
 
 Launching a kernel costs the host some 5 to 10 us, and a step of a small model has hundreds that run 2 us each. A graph
 is the whole sequence, launched at once. What it records are addresses and grid sizes, so everything that changes from
@@ -10,6 +10,12 @@ would have to read:
 Graphs of different sizes never run at the same time, so they share one memory pool, and all write their logits into
 one buffer. Sampling is recorded apart, per size and kind of sampling: a batch with log probabilities or penalties
 replays the model's graph and then samples eagerly.
+
+A step of nothing but prompt chunks runs faster than the host can launch its kernels, too, unless it has thousands of
+tokens. So it is recorded per number of tokens. What differs from step to step is which queries belong to whom: that is
+in the attention kernel's list of query tiles, which is filled up with empty ones.
+
+    chunks of 500 and 300 tokens  ->  graph of 1024 tokens: 224 rows of padding, 16 + 10 query tiles and empty ones
 """
 
 from __future__ import annotations
@@ -25,30 +31,46 @@ import torch
 if TYPE_CHECKING:
     from folovllm.worker.gpu_model_runner import GPUModelRunner
 
+PROMPT_SIZES = (256, 512, 768, 1024, 1536, 2048)
+"""Tokens of the recorded steps of prompt chunks: a GPU takes 5 ms for 2048 tokens of a model of 0.6B, a host 10."""
+MAX_CHUNKS = 64
+"""Prompt chunks of a recorded step."""
 SAMPLING_KINDS = ("greedy", "temperature", "restricted")
 """No temperature at all; some, over the whole vocabulary; with top-k or top-p."""
 
 
-class DecodeGraphs:
-    """The recorded decode steps of a model runner."""
+class StepGraphs:
+    """The recorded steps of a model runner."""
 
-    def __init__(self, runner: GPUModelRunner, sizes: Sequence[int]) -> None:
-        """`sizes`: batch sizes to record, ascending."""
+    def __init__(self, runner: GPUModelRunner, sizes: Sequence[int], prompt_sizes: Sequence[int]) -> None:
+        """`sizes`: decode batches to record, in requests; `prompt_sizes`: prompt steps, in tokens. Both ascending."""
         self.runner = runner
         self.sizes = list(sizes)
+        self.prompt_sizes = list(prompt_sizes)
         self._steps: dict[int, torch.cuda.CUDAGraph] = {}
+        self._prompt_steps: dict[int, torch.cuda.CUDAGraph] = {}
+        self._hidden: dict[int, torch.Tensor] = {}
         self._samplers: dict[tuple[int, str], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(runner.device)
 
     def padded_size(self, num_reqs: int) -> int | None:
         """Return the smallest recorded size that holds `num_reqs` requests, or None: the batch runs without a graph."""
-        index = bisect.bisect_left(self.sizes, num_reqs)
-        return self.sizes[index] if index < len(self.sizes) else None
+        return _smallest(self.sizes, num_reqs)
+
+    def padded_prompt_size(self, num_tokens: int) -> int | None:
+        """Return the smallest recorded prompt step that holds `num_tokens` tokens, or None."""
+        return _smallest(self.prompt_sizes, num_tokens)
 
     def record(self) -> None:
         """Record all sizes, the largest first: the smaller ones then fit into its memory."""
+
+        def launch_prompt(size: int) -> None:
+            self._hidden[size] = self.runner.launch_prompt(size)
+
         with _no_garbage_collection():
+            for size in reversed(self.prompt_sizes):
+                self._prompt_steps[size] = self._record(lambda size=size: launch_prompt(size))  # type: ignore[misc]
             for size in reversed(self.sizes):
                 self._steps[size] = self._record(lambda size=size: self.runner.launch_decode(size))  # type: ignore[misc]
                 for kind in SAMPLING_KINDS:
@@ -59,6 +81,11 @@ class DecodeGraphs:
     def replay(self, size: int) -> None:
         """Run a decode step of a recorded size."""
         self._steps[size].replay()
+
+    def replay_prompt(self, size: int) -> torch.Tensor:
+        """Run a prompt step of a recorded size; return its hidden states [size, E], good until the next replay."""
+        self._prompt_steps[size].replay()
+        return self._hidden[size]
 
     def replay_sampling(self, size: int, kind: str) -> None:
         """Sample from the logits of the step that was replayed."""
@@ -78,6 +105,11 @@ class DecodeGraphs:
                 graph.capture_end()
         current.wait_stream(self._stream)
         return graph
+
+
+def _smallest(sizes: list[int], wanted: int) -> int | None:
+    index = bisect.bisect_left(sizes, wanted)
+    return sizes[index] if index < len(sizes) else None
 
 
 @contextmanager

@@ -3,9 +3,9 @@
     host     schedule k+1 | pack, copy, launch k+1 | wait for the tokens of k | update k | schedule k+2 ...
     device   =============== step k ===============|=============== step k+1 ===============|
 
-A step of nothing but decodes replays a CUDA graph (cuda_graph.py); one with prompt chunks launches its kernels one by
-one, which costs little beside their run time. Sampled tokens stay in `inputs.sampled`, where the next step finds them;
-the copy to the host runs behind the device's back (StepInFlight).
+A step of nothing but decodes replays a CUDA graph (cuda_graph.py), and so does one of nothing but prompt chunks with up
+to 2048 tokens; any other launches its kernels one by one. Sampled tokens stay in `inputs.sampled`, where the next step
+finds them; the copy to the host runs behind the device's back (StepInFlight).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from folovllm.attention.backends.abstract import AttentionBackend, AttentionMetadata
-from folovllm.attention.backends.paged_triton import TritonPagedBackend
+from folovllm.attention.backends.paged_triton import TritonPagedBackend, TritonPagedImpl
+from folovllm.attention.triton_prefill import build_tiles
 from folovllm.config import VllmConfig
 from folovllm.kv_cache_interface import KVCacheConfig
 from folovllm.model_executor.models.fused_decoder import supports_pdl
@@ -28,7 +29,7 @@ from folovllm.sample.metadata import SamplingMetadata
 from folovllm.sample.ops.fused_sampler import can_sample_on_device, sample_tokens
 from folovllm.utils.common import cdiv
 from folovllm.worker.block_table import PADDING_SLOT
-from folovllm.worker.cuda_graph import SAMPLING_KINDS, DecodeGraphs
+from folovllm.worker.cuda_graph import MAX_CHUNKS, PROMPT_SIZES, SAMPLING_KINDS, StepGraphs
 from folovllm.worker.model_runner import ModelRunner, StepLayout
 from folovllm.worker.step_in_flight import NO_WATCH, NothingToCompute, StepWatch
 from folovllm.worker.step_inputs import StepInputs
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 GRAPH_OVERHEAD_BYTES = 2 << 20
 """What one more recorded size takes, its share of the driver's memory included; measured on an H100."""
+HOST_BOUND_FLOPS = 5 * 10**12
+"""What an H100 computes in the 10 ms that the host takes to launch a model's kernels one by one."""
 COMPILE_THREADS = 12
 """Kernels compiled at a time at the start."""
 SIZES_OF_THEIR_OWN_KERNELS = (1, 2, 16, 24, 64, 128, 256)
@@ -56,7 +59,7 @@ class GPUModelRunner(ModelRunner):
         """See ModelRunner; the device tensors come with load_model."""
         super().__init__(vllm_config, device, dtype, attn_backend)
         self.max_num_reqs = vllm_config.scheduler_config.max_num_seqs
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: StepGraphs | None = None
         self.inputs: StepInputs
         self._logits: torch.Tensor
         self._temperature: torch.Tensor
@@ -83,11 +86,17 @@ class GPUModelRunner(ModelRunner):
         self._top_p = torch.ones(n, dtype=torch.float32, device=device)
         self._seeds = torch.zeros(n, dtype=torch.int64, device=device)
         self._query_starts = torch.arange(n + 1, dtype=torch.int32, device=device)
+        self._tile_tokens = 0
+        if issubclass(self.attn_backend, TritonPagedBackend):
+            impl = next(iter(self._attention_layers().values())).impl
+            assert isinstance(impl, TritonPagedImpl)
+            self._tile_tokens = impl.prefill_tile_tokens(self.dtype, device)
+            self._tiles = torch.zeros((self._max_tiles(max(PROMPT_SIZES)), 4), dtype=torch.int32, device=device)
         return num_bytes
 
     @torch.inference_mode()
     def compile_kernels(self) -> None:
-        """Compile the kernels of the decode sizes, of sampling and of a mixed step, several at a time.
+        """Compile the kernels of the decode sizes, of sampling, of a mixed step and of a prompt, several at a time.
 
         Each step is launched once, over a scratch cache, from its own thread: the compiler works outside of Python's
         lock. All sequence lengths are 0, so that nothing is read or written that launches side by side would share.
@@ -96,18 +105,21 @@ class GPUModelRunner(ModelRunner):
         if not issubclass(self.attn_backend, TritonPagedBackend):
             return
         sizes = self.graph_sizes()
-        jobs: list[Callable[[], None]] = [
+        jobs: list[Callable[[], object]] = [
             partial(self.launch_decode, size) for size in sizes if size in SIZES_OF_THEIR_OWN_KERNELS
         ]
         jobs += [partial(self.launch_sampling, 1, kind) for kind in SAMPLING_KINDS]
         jobs.append(self._launch_mixed_step)
+        jobs += [partial(self.launch_prompt, size) for size in self.prompt_sizes()[-1:]]
         with self._scratch_cache(1), ThreadPoolExecutor(COMPILE_THREADS) as pool:
+            # The threads' streams do not wait for this one's, which may still be filling what their kernels read.
+            torch.cuda.synchronize(self.device)
             if sizes:
                 _in_inference_mode(partial(self.launch_decode, sizes[-1]), self.device)
             futures = [pool.submit(_in_inference_mode, job, self.device) for job in jobs]
             for future in futures:
                 future.result()
-        torch.cuda.synchronize(self.device)
+            torch.cuda.synchronize(self.device)
 
     def _launch_mixed_step(self) -> None:
         """Launch a step of a chunk and a decode, both of null requests."""
@@ -122,7 +134,7 @@ class GPUModelRunner(ModelRunner):
         metadata = layout.metadata(
             query_start_loc=torch.from_numpy(layout.query_start_loc).to(device),
             seq_lens=torch.from_numpy(layout.seq_lens).to(device),
-            block_table=torch.zeros_like(self.inputs.block_table[:2]),
+            block_table=self.inputs.block_table.new_zeros((2, self.inputs.block_table.shape[1])),
             slot_mapping=torch.from_numpy(layout.slot_mapping).to(device),
         )
         metadata = self.attn_backend.build_metadata(metadata, self.block_size, self.dtype)
@@ -133,6 +145,20 @@ class GPUModelRunner(ModelRunner):
         """Return the decode batch sizes to record."""
         return self.vllm_config.compilation_config.graph_sizes(self.max_num_reqs) if self.uses_graphs else []
 
+    def prompt_sizes(self) -> list[int]:
+        """Return the sizes of prompt steps to record, in tokens.
+
+        Only those that the device finishes before the host could have launched them: there the rows that fill a step up
+        to its recorded size cost nothing. They use our own attention also where a library attends to longer ones.
+        """
+        layers = sum(parameter.numel() for parameter in self.model.model.layers.parameters())
+        limit = min(self.vllm_config.scheduler_config.max_num_batched_tokens, HOST_BOUND_FLOPS // (2 * layers))
+        return [size for size in PROMPT_SIZES if size <= limit]
+
+    def _max_tiles(self, num_tokens: int) -> int:
+        """Return the most query tiles of a recorded prompt step: the last tile of each chunk may be short."""
+        return cdiv(num_tokens, self._tile_tokens) + MAX_CHUNKS
+
     @torch.inference_mode()
     def profile_graph_memory(self) -> int:
         """Return about how many bytes the graphs will take: the largest is recorded on trial, over a scratch cache."""
@@ -142,19 +168,20 @@ class GPUModelRunner(ModelRunner):
         torch.cuda.synchronize(self.device)
         free_before = torch.cuda.mem_get_info(self.device)[0]
         with self._scratch_cache(1):
-            trial = DecodeGraphs(self, sizes[-1:])
+            trial = StepGraphs(self, sizes[-1:], self.prompt_sizes()[-1:])
             trial.record()
             torch.cuda.synchronize(self.device)
             taken = free_before - torch.cuda.mem_get_info(self.device)[0]
             del trial
-        return max(0, taken) + (len(sizes) - 1) * GRAPH_OVERHEAD_BYTES
+        others = max(0, len(sizes) - 1) + max(0, len(self.prompt_sizes()) - 1)
+        return max(0, taken) + others * GRAPH_OVERHEAD_BYTES
 
     @torch.inference_mode()
     def record_graphs(self) -> None:
-        """Record all decode sizes; the KV cache must be bound."""
+        """Record all sizes; the KV cache must be bound."""
         sizes = self.graph_sizes()
         if sizes:
-            self.graphs = DecodeGraphs(self, sizes)
+            self.graphs = StepGraphs(self, sizes, self.prompt_sizes())
             self.graphs.record()
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig) -> int:
@@ -182,6 +209,22 @@ class GPUModelRunner(ModelRunner):
         hidden = self.model(inputs.input_ids[:size], inputs.positions[:size], metadata)
         self.model.lm_head.compute_into(self._logits[:size], hidden)
 
+    def launch_prompt(self, size: int) -> torch.Tensor:
+        """Launch the layers for `size` tokens of prompt chunks, of which `_tiles` says whose they are: [size, E]."""
+        inputs = self.inputs
+        assert issubclass(self.attn_backend, TritonPagedBackend)
+        metadata = self.attn_backend.build_prompt_metadata(
+            size,
+            self._tiles[: self._max_tiles(size)],
+            self._tile_tokens,
+            query_start_loc=self._query_starts[:2],
+            seq_lens=inputs.seq_lens[:1],
+            block_table=inputs.block_table,
+            slot_mapping=inputs.slot_mapping[:size],
+        )
+        hidden: torch.Tensor = self.model(inputs.input_ids[:size], inputs.positions[:size], metadata)
+        return hidden
+
     def launch_sampling(self, num_reqs: int, kind: str) -> None:
         """Launch the sampling of `num_reqs` rows of `_logits` into `inputs.sampled`."""
         restricted = kind == "restricted"
@@ -206,19 +249,21 @@ class GPUModelRunner(ModelRunner):
             return NothingToCompute()
         num_scheduled = self._scheduled_per_slot(scheduler_output)
         layout = self._lay_out(num_scheduled)
-        graph_size = 0
-        if self.graphs is not None and layout.num_tokens == layout.num_reqs and not self.num_prompt_logprobs:
-            graph_size = self.graphs.padded_size(layout.num_reqs) or 0
-        metadata = self._send(layout, graph_size)
+        graph_size, prompt_size = self._recorded_sizes(layout)
+        metadata = self._send(layout, graph_size, prompt_size)
         watch.lap("prepare")
         prompt_logprobs: dict[str, LogprobsTensors | None] = {}
         if graph_size:
             assert self.graphs is not None
             self.graphs.replay(graph_size)
         else:
-            num_tokens = layout.num_tokens
+            num_tokens = prompt_size or layout.num_tokens
             self.inputs.unpack(num_tokens, layout.num_reqs)
-            hidden = self.model(self.inputs.input_ids[:num_tokens], self.inputs.positions[:num_tokens], metadata)
+            if prompt_size:
+                assert self.graphs is not None
+                hidden = self.graphs.replay_prompt(prompt_size)
+            else:
+                hidden = self.model(self.inputs.input_ids[:num_tokens], self.inputs.positions[:num_tokens], metadata)
             prompt_logprobs = self._gather_prompt_logprobs(hidden, num_scheduled, metadata)
             last_rows = metadata.query_start_loc[1:] - 1
             self.model.lm_head.compute_into(self._logits[: layout.num_reqs], hidden[last_rows])
@@ -229,10 +274,19 @@ class GPUModelRunner(ModelRunner):
         step.step_times = watch.times
         return step
 
-    def _send(self, layout: StepLayout, graph_size: int) -> AttentionMetadata:
+    def _recorded_sizes(self, layout: StepLayout) -> tuple[int, int]:
+        """Return the sizes of the recorded decode and of the recorded prompt step that can run this one, 0 for none."""
+        if self.graphs is None or self.num_prompt_logprobs:
+            return 0, 0
+        if layout.num_tokens == layout.num_reqs:
+            return self.graphs.padded_size(layout.num_reqs) or 0, 0
+        only_chunks = layout.num_reqs <= MAX_CHUNKS and int(np.diff(layout.query_start_loc).min()) > 1
+        return 0, (self.graphs.padded_prompt_size(layout.num_tokens) or 0) if only_chunks else 0
+
+    def _send(self, layout: StepLayout, graph_size: int, prompt_size: int) -> AttentionMetadata:
         """Start the copy of the step's inputs; return its metadata (of the eager launch, where there is one)."""
         inputs = self.inputs
-        num_tokens = graph_size or layout.num_tokens
+        num_tokens = graph_size or prompt_size or layout.num_tokens
         num_reqs = graph_size or layout.num_reqs
         inputs.begin()
         inputs.pack(layout.input_ids, num_tokens)
@@ -244,16 +298,22 @@ class GPUModelRunner(ModelRunner):
         rows, values = self.input_batch.block_table.take_changed_rows()
         if len(rows):
             changed = inputs.pack(rows), inputs.pack(values)
+        if prompt_size:
+            requests = range(layout.num_reqs)
+            tiles = build_tiles(layout.query_start_loc, layout.seq_lens, requests, self._tile_tokens)
+            packed_tiles = inputs.pack(tiles, 4 * self._max_tiles(prompt_size))
         inputs.send()
         if len(rows):
             inputs.write_block_table(*changed)
+        if prompt_size:
+            self._tiles[: self._max_tiles(prompt_size)].copy_(packed_tiles.view(-1, 4))
         metadata = layout.metadata(
             query_start_loc=query_start_loc,
             seq_lens=inputs.seq_lens[: layout.num_reqs],
             block_table=inputs.block_table[: layout.num_reqs],
             slot_mapping=inputs.slot_mapping[: layout.num_tokens],
         )
-        if graph_size:
+        if graph_size or prompt_size:
             return metadata
         return self.attn_backend.build_metadata(metadata, self.block_size, self.dtype)
 
@@ -289,6 +349,8 @@ class GPUModelRunner(ModelRunner):
 
     def _load_sampling_params(self, metadata: SamplingMetadata, num_reqs: int) -> str:
         """Copy the parameters to where the graphs read them, if the batch has changed; return the sampling kind."""
+        if metadata.all_greedy:
+            return "greedy"  # which reads no parameter
         if self._sampling_version != self.input_batch.version:
             self._sampling_version = self.input_batch.version
             if metadata.temperature is not None:
@@ -297,12 +359,10 @@ class GPUModelRunner(ModelRunner):
             self._top_p[:num_reqs] = metadata.top_p if metadata.top_p is not None else 1.0
             if metadata.seeds is not None:
                 self._seeds[:num_reqs].copy_(metadata.seeds)
-        if metadata.all_greedy:
-            return "greedy"
         return "temperature" if metadata.top_k is None and metadata.top_p is None else "restricted"
 
 
-def _in_inference_mode(job: Callable[[], None], device: torch.device) -> None:
+def _in_inference_mode(job: Callable[[], object], device: torch.device) -> None:
     """Run `job` in this thread as the main one would: torch's modes and streams belong to threads."""
     with torch.inference_mode(), torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
         job()

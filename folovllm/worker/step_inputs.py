@@ -26,10 +26,16 @@ import torch
 import triton
 import triton.language as tl
 
+from folovllm.utils.common import cdiv
+from folovllm.utils.triton_launch import fast_launch
+
 NUM_BUFFERS = 3
 BLOCK = 256
+EXTRA = 1 << 14
+"""Room for what else a step packs: the query tiles of a prompt step."""
 
 
+@fast_launch
 @triton.jit(do_not_specialize=["num_tokens", "num_reqs"])
 def _unpack_kernel(
     packed, sampled, input_ids, positions, slot_mapping, seq_lens, draw_positions, num_tokens, num_reqs,
@@ -49,6 +55,7 @@ def _unpack_kernel(
     tl.store(draw_positions + i, length.to(tl.int64), mask=request)
 
 
+@fast_launch
 @triton.jit(do_not_specialize=["width"], do_not_specialize_on_alignment=["rows", "values"])
 def _write_rows_kernel(table, rows, values, width, stride_table, BLOCK_SIZE: tl.constexpr):
     row = tl.load(rows + tl.program_id(0)).to(tl.int64)
@@ -76,7 +83,7 @@ class StepInputs:
         self.draw_positions = zeros(max_num_reqs, torch.int64)
         """Index of the token that each request draws: its sequence length."""
         self.block_table = torch.zeros((max_num_reqs, max_num_blocks), dtype=torch.int32, device=device)
-        size = 4 * max_num_tokens + 2 * max_num_reqs + 1 + max_num_reqs * (max_num_blocks + 1)
+        size = 4 * max_num_tokens + 2 * max_num_reqs + 1 + max_num_reqs * (max_num_blocks + 1) + EXTRA
         self._packed = zeros(size, torch.int32)
         self._pinned = [torch.empty(size, dtype=torch.int32, pin_memory=True) for _ in range(NUM_BUFFERS)]
         self._next = 0
@@ -104,7 +111,7 @@ class StepInputs:
 
     def unpack(self, num_tokens: int, num_reqs: int) -> None:
         """Launch the kernel for a buffer that begins with ids, source, positions, slots and sequence lengths."""
-        grid = (triton.cdiv(max(num_tokens, num_reqs), BLOCK),)
+        grid = (cdiv(max(num_tokens, num_reqs), BLOCK),)
         _unpack_kernel[grid](
             self._packed,
             self.sampled,
@@ -122,5 +129,5 @@ class StepInputs:
         """Launch the copy of packed `values` [R * W] into the first W columns of the packed row numbers `rows` [R]."""
         num_rows = rows.shape[0]
         width = values.shape[0] // num_rows
-        grid = (num_rows, triton.cdiv(width, BLOCK))
+        grid = (num_rows, cdiv(width, BLOCK))
         _write_rows_kernel[grid](self.block_table, rows, values, width, self.block_table.stride(0), BLOCK_SIZE=BLOCK)

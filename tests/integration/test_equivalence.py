@@ -2,7 +2,8 @@
 
 Eight requests, greedy ones and seeded ones, go through a tiny random model in float32 under every combination of
 prefix caching, token budget, pool size, batch size, block size, scheduler and attention backend. Their tokens must be
-those of the trivial engine: one request at a time, in one piece, nothing shared, attention by its definition.
+those of the trivial engine on the CPU: one request at a time, in one piece, nothing shared, attention by its
+definition. Where there is a GPU, the same on it: graphs, fused kernels and the device's sampler change no token either.
 
 Two corners of the matrix are what the engine's own rules make of them: a budget of 7 tokens runs at most 7 requests at
 once, and a batch of one cannot run out of blocks, because the pool always holds one longest request.
@@ -26,7 +27,6 @@ NUM_OUTPUT_TOKENS = 12
 UNLIMITED = 2048
 BASE: dict[str, Any] = {
     "dtype": "float32",
-    "device": "cpu",
     "skip_tokenizer_init": True,
     "use_tqdm_on_load": False,
     "max_model_len": MAX_MODEL_LEN,
@@ -90,7 +90,7 @@ def generate(llm: LLM) -> tuple[list[list[int]], int]:
 
 @pytest.fixture(scope="module")
 def expected(tiny: Path) -> list[list[int]]:
-    tokens, num_cached_tokens = generate(LLM(str(tiny), **BASE, **TRIVIAL))
+    tokens, num_cached_tokens = generate(LLM(str(tiny), device="cpu", **BASE, **TRIVIAL))
     assert num_cached_tokens == 0
     return tokens
 
@@ -109,7 +109,9 @@ def test_the_baseline_can_tell_requests_apart(expected: list[list[int]]) -> None
 @pytest.mark.parametrize("tight", [False, True], ids=["roomy", "tight"])
 @pytest.mark.parametrize("budget", [7, 16, 64, UNLIMITED])
 @pytest.mark.parametrize("caching", [False, True], ids=["nocache", "cache"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_tokens_are_those_of_the_trivial_engine(
+    device: str,
     caching: bool,
     budget: int,
     tight: bool,
@@ -124,6 +126,7 @@ def test_tokens_are_those_of_the_trivial_engine(
     llm = LLM(
         str(tiny),
         **BASE,
+        device=device,
         max_num_seqs=min(batch, budget),
         max_num_batched_tokens=budget,
         block_size=block_size,
@@ -142,6 +145,6 @@ def test_tokens_are_those_of_the_trivial_engine(
 
 
 def test_the_matrix_is_whole() -> None:
-    """384 combinations: 2 x 4 x 2 x 2 x 3 x 2 x 2."""
+    """768 combinations: 2 x 2 x 4 x 2 x 2 x 3 x 2 x 2."""
     marks = test_tokens_are_those_of_the_trivial_engine.pytestmark
-    assert len(list(itertools.product(*(mark.args[1] for mark in marks)))) == 384
+    assert len(list(itertools.product(*(mark.args[1] for mark in marks)))) == 768

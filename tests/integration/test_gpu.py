@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from folovllm import LLM, SamplingParams
+from tests.integration.test_e2e import CHAT_PROMPTS
 from tests.tiny_models import TINY_MODELS, VOCAB_SIZE, reference_greedy, save_tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -58,9 +59,35 @@ def test_seeded_samples_are_the_same_on_cuda_and_cpu(tmp_path: Path) -> None:
     assert tokens[0] == tokens[1]
 
 
-def test_kv_cache_fills_gpu_memory_utilization(tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", [0.1, 0.6])
+def test_kv_cache_fills_gpu_memory_utilization(share: float, tmp_path: Path) -> None:
+    """Within 2%, with graphs recorded and after steps of all sizes; other processes must leave the GPU alone."""
     save_tiny_model(tmp_path, "llama")
-    llm = LLM(str(tmp_path), device="cuda", skip_tokenizer_init=True, gpu_memory_utilization=0.05, max_num_seqs=8)
-    free, total = torch.cuda.mem_get_info()
-    assert 0.03 < (total - free) / total < 0.052
+    torch.cuda.empty_cache()
+    llm = LLM(str(tmp_path), device="cuda", skip_tokenizer_init=True, gpu_memory_utilization=share, max_num_seqs=64)
     assert llm.llm_engine.executor.get_startup_info().dtype.startswith("bfloat16")
+    prompts = [{"prompt_token_ids": p} for p in random_prompts([100] * 80)]
+    llm.generate(prompts, SamplingParams(temperature=0.7, max_tokens=20, ignore_eos=True), use_tqdm=False)
+    free, total = torch.cuda.mem_get_info()
+    assert (total - free) / total == pytest.approx(share, rel=0.02)
+
+
+@pytest.mark.network
+def test_smollm2_greedy_tokens_are_the_cpus() -> None:
+    """Real weights, float32: 8 chat prompts, 64 tokens each, in one batch with graphs, and the CPU's tokens."""
+    params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+    tokens = []
+    for device in ("cuda", "cpu"):
+        llm = LLM(
+            "smollm2-135m-instruct",
+            device=device,
+            dtype="float32",
+            use_tqdm_on_load=False,
+            max_num_seqs=8,
+            max_model_len=1024,
+            kv_cache_memory_bytes=1 << 28,
+        )
+        outputs = llm.chat([[{"role": "user", "content": text}] for text in CHAT_PROMPTS], params, use_tqdm=False)
+        tokens.append([list(output.outputs[0].token_ids) for output in outputs])
+    assert all(len(t) == 64 for t in tokens[0])
+    assert tokens[0] == tokens[1]

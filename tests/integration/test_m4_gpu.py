@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from folovllm import LLM, SamplingParams
+from folovllm.worker.cuda_graph import StepGraphs
 from tests.tiny_models import VOCAB_SIZE, save_tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -130,6 +131,38 @@ def test_padding_to_a_captured_size_is_invisible(model: Path, expected: Tokens) 
     assert generate(llm, mixed_params()) == expected
 
 
+@pytest.mark.parametrize("budget", [256, 2048])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_recorded_prompt_steps_equal_eager_ones(
+    model: Path, budget: int, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of several requests, padded to a recorded number of tokens; the second time out of the prefix cache."""
+    replayed: list[int] = []
+    replay = StepGraphs.replay_prompt
+
+    def counted(graphs: StepGraphs, size: int) -> torch.Tensor:
+        replayed.append(size)
+        return replay(graphs, size)
+
+    monkeypatch.setattr(StepGraphs, "replay_prompt", counted)
+    lengths = [2, 33, 200, 64, 17, 90, 150, 31, 16, 128, 64, 230]
+    tokens = []
+    for eager in (False, True):
+        llm = make_llm(
+            model,
+            dtype="float32",
+            max_num_batched_tokens=budget,
+            enforce_eager=eager,
+            deterministic=deterministic,
+            max_num_seqs=1 if eager else 16,
+        )
+        for _ in range(2):
+            outputs = llm.generate(prompts(lengths), mixed_params(), use_tqdm=False)
+            tokens.append([list(output.outputs[0].token_ids) for output in outputs])
+    assert all(t == tokens[0] for t in tokens)
+    assert set(replayed) == {256 if budget == 256 else 1536}
+
+
 def test_no_memory_growth_over_two_thousand_steps(model: Path) -> None:
     llm = make_llm(model, max_num_seqs=4)
     params = SamplingParams(temperature=0.9, max_tokens=120, ignore_eos=True)
@@ -182,3 +215,40 @@ def test_deterministic_gives_the_same_bits_alone_and_in_a_crowd(name: str, tmp_p
 
 def test_deterministic_tokens_are_the_plainest_engines(model: Path, expected: Tokens) -> None:
     assert generate(make_llm(model, dtype="float32", deterministic=True), mixed_params()) == expected
+
+
+PLAINEST: dict[str, Any] = {
+    "max_num_seqs": 1,
+    "max_num_batched_tokens": 1024,
+    "enable_prefix_caching": False,
+    "enforce_eager": True,
+    "async_scheduling": False,
+}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"async_scheduling": False},
+        {"enforce_eager": True},
+        {"cuda_graph_sizes": [16]},
+        {"max_num_seqs": 3},
+        {"block_size": 1},
+        {"block_size": 8},
+        {"block_size": 64},
+        {"max_num_batched_tokens": 17},
+        {"max_num_batched_tokens": 64},
+        {"num_gpu_blocks_override": 18, "kv_cache_memory_bytes": None},
+        {"enable_prefix_caching": True},
+    ],
+    ids=lambda options: "-".join(f"{name}={value}" for name, value in options.items()) or "default",
+)
+def test_deterministic_bfloat16_tokens_are_the_plainest_engines(model: Path, options: dict[str, Any]) -> None:
+    """In 16 bits any other order of a sum changes tokens sooner or later; here none does."""
+    options = {"max_num_batched_tokens": 1024, "enable_prefix_caching": False, **options}
+    results = [
+        generate(make_llm(model, dtype="bfloat16", deterministic=True, **o), mixed_params())
+        for o in (PLAINEST, options)
+    ]
+    assert results[0] == results[1]

@@ -61,6 +61,9 @@ TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-5}
 @pytest.fixture(autouse=True)
 def kernels_and_poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the kernels on any device, and fill fresh outputs with NaN: what is not written shows."""
+    # cuBLAS, the twin, may else add parts of a product that it has rounded to 16 bits.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     monkeypatch.setattr(bl, "runs_on_triton", lambda x: True)
     monkeypatch.setattr(bl, "takes_deterministic", lambda x: x.shape[0] > 0)
     empty = torch.empty
@@ -76,8 +79,8 @@ def check(out: torch.Tensor, twin: torch.Tensor, exact: torch.Tensor) -> None:
     """`out` is as near to the float64 result as rounding allows, and has the twin's shape and dtype."""
     assert out.shape == twin.shape and out.dtype == twin.dtype
     tolerance = TOLERANCE[out.dtype]
-    torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(out, twin, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=2 * tolerance)
+    torch.testing.assert_close(out, twin, rtol=2 * tolerance, atol=4 * tolerance)  # the twin may err the other way
 
 
 @pytest.mark.parametrize("pdl", PDL)
@@ -210,11 +213,32 @@ def test_a_chain_with_pdl_in_a_graph_equals_the_chain_without(m: int) -> None:
         assert torch.equal(captured, chain(False))
 
 
-def test_partly_filled_tiles_go_to_cublas() -> None:
-    """Measured on Qwen3-0.6B's shapes: at 136 rows the tile of 256 takes four times as long as cuBLAS."""
-    rows = [16, 17, 48, 96, 104, 120, 128, 136, 192, 248, 256]
-    qkv = [m for m in rows if bl.uses_batch_linear(m, 4096, 1024, "none")]
-    assert qkv == [17, 48, 120, 128, 248, 256]
-    down = [m for m in rows if bl.uses_batch_linear(m, 1024, 3072, "norm")]
-    assert down == [17, 48, 96, 104, 120, 128, 192, 248, 256]
+def test_products_measured_slower_go_to_cublas() -> None:
+    """Of Qwen3-0.6B's products all are faster here up to 256 rows; of Qwen3-8B's one, up to 64."""
+    rows = [16, 17, 64, 65, 128, 129, 256, 257]
+    for product in ((4096, 1024, "none"), (3072, 1024, "silu_mul"), (1024, 3072, "norm"), (1024, 2048, "norm")):
+        assert [m for m in rows if bl.uses_batch_linear(m, *product)] == [17, 64, 65, 128, 129, 256]
+    assert [m for m in rows if bl.uses_batch_linear(m, 12288, 4096, "silu_mul")] == [17, 64]
     assert not bl.uses_batch_linear(64, 4096, 1025, "none")
+
+
+@pytest.mark.gpu
+def test_a_tile_filled_in_part_takes_no_longer_than_a_full_one() -> None:
+    """Rows that are padding must not all read one row: that took 24 us at 136 rows where 256 took 7."""
+    weights = [random(4096, 1024, scale=0.03) for _ in range(8)]
+    tile = Config(128, 64, 64, 8, 5)
+    times = {}
+    for m in (256, 136):
+        x, out = random(m, 1024), random(m, 4096)
+        bl.linear(x, weights[0], None, None, out, config=tile)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for weight in weights * 4:
+                bl.linear(x, weight, None, None, out, config=tile)
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(12)]
+        for event in events:
+            event.record()
+            graph.replay()
+        torch.cuda.synchronize()
+        times[m] = min(events[i].elapsed_time(events[i + 1]) for i in range(2, 11))
+    assert times[136] < 1.5 * times[256]

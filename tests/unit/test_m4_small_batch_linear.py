@@ -42,6 +42,9 @@ TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9}
 @pytest.fixture(autouse=True)
 def kernels_and_poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the kernels on any device, and fill fresh outputs with NaN: what is not written shows."""
+    # cuBLAS, the twin, may else add parts of a product that it has rounded to 16 bits.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     monkeypatch.setattr(sbl, "runs_on_triton", lambda x: True)
     empty, empty_like = torch.empty, torch.empty_like
 
@@ -61,8 +64,8 @@ def check(out: torch.Tensor, twin: torch.Tensor, exact: torch.Tensor) -> None:
     """`out` is as near to the float64 result as rounding allows, and has the twin's shape and dtype."""
     assert out.shape == twin.shape and out.dtype == twin.dtype
     tolerance = TOLERANCE[out.dtype]
-    torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(out, twin, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=2 * tolerance)
+    torch.testing.assert_close(out, twin, rtol=2 * tolerance, atol=4 * tolerance)  # the twin may err the other way
 
 
 def norm64(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

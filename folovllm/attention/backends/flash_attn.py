@@ -7,7 +7,8 @@ for each request its pages and its context length.
 
     paged         our kernels alone
     flash_attn    the first provider that can run, for everything
-    paged_flash   our decode kernel, which measured faster than every library, and a provider for the chunks
+    paged_flash   our decode kernel, which measured faster than every library, and a provider for the chunks (ours again
+                  in a recorded prompt step, where a library would need numbers from the host)
 
 Only providers that measured faster than our own prefill kernel (`fast`) serve paged_flash. vLLM's counterpart is
 `v1/attention/backends/flash_attn.py`.

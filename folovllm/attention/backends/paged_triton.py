@@ -38,6 +38,7 @@ from folovllm.attention.ops import write_kv_cache
 if TYPE_CHECKING:
     from folovllm.attention.backends.flash_attn import VarlenBatch
     from folovllm.attention.triton_decode import DecodeWorkspace
+    from folovllm.attention.triton_prefill import PrefillConfig
 
 MAX_HEAD_SIZE = 256
 """Head sizes of 8, 16, 24, ... up to here; sizes that are no power of two are padded to the next."""
@@ -183,6 +184,41 @@ class TritonPagedBackend(AttentionBackend):
             workspace=workspace,
         )
 
+    @classmethod
+    def build_prompt_metadata(
+        cls,
+        num_tokens: int,
+        tiles: torch.Tensor,
+        tile_tokens: int,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> TritonPagedMetadata:
+        """Return the metadata of a step of chunks alone, from static numbers and persistent tensors: to be recorded.
+
+        What the requests are is in `tiles` [n, 4], build_tiles' table of `tile_tokens` tokens a tile, padded with rows
+        of zeros; query_start_loc and seq_lens are not read. The others are as in build_decode_metadata.
+        """
+        return TritonPagedMetadata(
+            num_actual_tokens=num_tokens,
+            num_reqs=1,
+            max_query_len=num_tokens,
+            max_seq_len=num_tokens,
+            query_start_loc=query_start_loc,
+            seq_lens=seq_lens,
+            block_table=block_table,
+            slot_mapping=slot_mapping,
+            query_start_loc_cpu=[],
+            seq_lens_cpu=[],
+            num_decodes=0,
+            decode_rows=None,
+            decode_reqs=None,
+            prefill_reqs=[0],
+            deterministic=cls.deterministic,
+            _tiles={tile_tokens: tiles},
+        )
+
 
 class DeterministicPagedBackend(TritonPagedBackend):
     """The same kernels, each context cut by its length alone: the same bits for a request alone and in a crowd."""
@@ -268,14 +304,8 @@ class TritonPagedImpl(AttentionImpl):
     def _attend_chunks(
         self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: TritonPagedMetadata, out: torch.Tensor
     ) -> None:
-        group = self.num_heads // self.num_kv_heads
-        config = self._prefill.choose_prefill_config(
-            group,
-            dtype=query.dtype,
-            head_size=self.head_size,
-            shared_memory_bytes=self._shared_memory(query.device),
-        )
-        tiles = metadata.prefill_tiles(config.tile_tokens(group))
+        config = self._prefill_config(query.dtype, query.device)
+        tiles = metadata.prefill_tiles(self.prefill_tile_tokens(query.dtype, query.device))
         self._prefill.paged_prefill(
             query,
             kv_cache,
@@ -286,6 +316,18 @@ class TritonPagedImpl(AttentionImpl):
             config,
             k_scale=self.k_scale,
             v_scale=self.v_scale,
+        )
+
+    def prefill_tile_tokens(self, dtype: torch.dtype, device: torch.device) -> int:
+        """Return the tokens of a query tile of our prefill kernel."""
+        return self._prefill_config(dtype, device).tile_tokens(self.num_heads // self.num_kv_heads)
+
+    def _prefill_config(self, dtype: torch.dtype, device: torch.device) -> PrefillConfig:
+        return self._prefill.choose_prefill_config(
+            self.num_heads // self.num_kv_heads,
+            dtype=dtype,
+            head_size=self.head_size,
+            shared_memory_bytes=self._shared_memory(device),
         )
 
     def _attend_chunks_by_library(

@@ -26,7 +26,8 @@ import torch
 from torch.nn import functional as F
 
 from folovllm.model_executor.layers.fused_ops import rms_norm, rms_norm_torch
-from folovllm.model_executor.layers.small_batch_linear import linear_torch, power_of_2_at_least, silu_mul_torch
+from folovllm.model_executor.layers.small_batch_linear import linear_torch, silu_mul_torch
+from folovllm.utils.common import power_of_2_at_least
 
 MIN_ROWS = 17
 """Below, small_batch_linear.py is faster."""
@@ -61,37 +62,36 @@ class GemmConfig:
 
 
 MEASURED: dict[tuple[int, int, int, Epilogue], GemmConfig] = {
-    # (row bucket, N, K, epilogue): the fastest tile on an H100 where it beats cuBLAS, tests/benchmark/gemm_kernels.py
-    # (microseconds of both, with what follows the product)
+    # (row bucket, N, K, epilogue): the fastest tile on an H100 where a layer that uses it beats one with cuBLAS,
+    # tests/benchmark/gemm_kernels.py (microseconds of both, with what follows the product)
     (32, 4096, 1024, "none"): GemmConfig(32, 64, 256, 4, 3, swap=True, prefetch=1024, tma=True),  # 4.6, cuBLAS 5.7
     (64, 4096, 1024, "none"): GemmConfig(64, 32, 256, 4, 3, prefetch=1024, tma=True),  # 4.5, cuBLAS 5.7
-    (128, 4096, 1024, "none"): GemmConfig(128, 32, 128, 4, 4, prefetch=1024, tma=True),  # 5.4, cuBLAS 5.9
-    (256, 4096, 1024, "none"): GemmConfig(128, 64, 64, 8, 5),  # 6.5, cuBLAS 7.0
+    (128, 4096, 1024, "none"): GemmConfig(128, 32, 128, 4, 4, prefetch=1024, tma=True),  # 5.7, cuBLAS 6.3
+    (256, 4096, 1024, "none"): GemmConfig(128, 64, 64, 8, 5),  # 7.1, cuBLAS 6.5 to 7.2
     (32, 1024, 2048, "norm"): GemmConfig(32, 64, 128, 4, 4, swap=True, splits=4, prefetch=512),  # 4.3, cuBLAS 7.7
     (64, 1024, 2048, "norm"): GemmConfig(
         64, 64, 128, 4, 4, swap=True, splits=4, prefetch=512, tma=True
     ),  # 4.4, cuBLAS 7.8
-    (128, 1024, 2048, "norm"): GemmConfig(64, 64, 64, 4, 5, splits=4, prefetch=512),  # 4.9, cuBLAS 8.0
-    (256, 1024, 2048, "norm"): GemmConfig(64, 64, 64, 4, 5, splits=2, prefetch=1024),  # 5.9, cuBLAS 8.7
+    (128, 1024, 2048, "norm"): GemmConfig(64, 64, 64, 4, 5, splits=4, prefetch=512),  # 4.7, cuBLAS 8.1
+    (256, 1024, 2048, "norm"): GemmConfig(64, 64, 64, 4, 5, splits=2, prefetch=1024),  # 5.6, cuBLAS 8.4
     (32, 3072, 1024, "silu_mul"): GemmConfig(32, 64, 64, 4, 6, swap=True),  # 6.9, cuBLAS 8.9
     (64, 3072, 1024, "silu_mul"): GemmConfig(64, 32, 128, 4, 4),  # 6.7, cuBLAS 9.1
-    (128, 3072, 1024, "silu_mul"): GemmConfig(64, 32, 128, 4, 3, prefetch=1024, tma=True),  # 7.6, cuBLAS 9.2
-    (256, 3072, 1024, "silu_mul"): GemmConfig(128, 64, 64, 8, 5),  # 9.7, cuBLAS 10.4
+    (128, 3072, 1024, "silu_mul"): GemmConfig(64, 32, 128, 4, 3, prefetch=1024, tma=True),  # 7.6, cuBLAS 9.6
+    (256, 3072, 1024, "silu_mul"): GemmConfig(128, 64, 64, 8, 5),  # 10.0, cuBLAS 10.5
     (32, 1024, 3072, "norm"): GemmConfig(
         32, 64, 128, 4, 4, swap=True, splits=4, prefetch=768, tma=True
     ),  # 5.0, cuBLAS 8.6
     (64, 1024, 3072, "norm"): GemmConfig(
         64, 64, 128, 4, 4, swap=True, splits=4, prefetch=768, tma=True
     ),  # 5.1, cuBLAS 8.7
-    (128, 1024, 3072, "norm"): GemmConfig(64, 64, 64, 4, 5, splits=4, prefetch=768),  # 5.8, cuBLAS 9.5
-    (256, 1024, 3072, "norm"): GemmConfig(64, 64, 64, 4, 5, splits=2, prefetch=1024),  # 7.6, cuBLAS 10.8
-    (512, 1024, 3072, "norm"): GemmConfig(128, 64, 128, 8, 3, splits=2, prefetch=1024),  # 11.5, cuBLAS 12.2
+    (128, 1024, 3072, "norm"): GemmConfig(64, 64, 64, 4, 5, splits=4, prefetch=768),  # 5.8, cuBLAS 9.4
+    (256, 1024, 3072, "norm"): GemmConfig(64, 64, 64, 4, 5, splits=2, prefetch=1024),  # 7.3, cuBLAS 9.7
     (32, 6144, 4096, "none"): GemmConfig(32, 64, 256, 4, 3, swap=True),  # 20.1, cuBLAS 22.1
     (32, 12288, 4096, "silu_mul"): GemmConfig(32, 32, 128, 4, 4, swap=True),  # 73.2, cuBLAS 76.8
     (64, 12288, 4096, "silu_mul"): GemmConfig(64, 32, 128, 4, 4),  # 74.6, cuBLAS 78.4
 }
 
-DETERMINISTIC = GemmConfig(64, 64, 128, 4, 3)
+DETERMINISTIC = GemmConfig(64, 128, 64, 4, 4, tma=True)
 DETERMINISTIC_FLOAT32 = GemmConfig(64, 64, 32, 4, 3)
 
 
@@ -103,17 +103,8 @@ def row_bucket(m: int) -> int | None:
 
 
 def uses_batch_linear(m: int, n: int, k: int, epilogue: Epilogue) -> bool:
-    """Return whether M rows, N outputs and K inputs, with what follows, were measured to be faster here than cuBLAS.
-
-    From 65 rows on, a tile that is filled in part is slow (24 us at 136 rows where 256 take 6.5): those go to cuBLAS.
-    """
-    bucket = row_bucket(m)
-    if (bucket, n, k, epilogue) not in MEASURED or bucket is None:
-        return False
-    nearly_full = m > bucket - 9
-    if epilogue == "norm":  # its tiles have 64 rows
-        return bucket <= 128 or nearly_full or m % 64 == 0
-    return bucket <= 64 or nearly_full
+    """Return whether M rows, N outputs and K inputs, with what follows, were measured to be faster here than cuBLAS."""
+    return (row_bucket(m), n, k, epilogue) in MEASURED
 
 
 def default_config(m: int, n: int, k: int, epilogue: Epilogue) -> GemmConfig:

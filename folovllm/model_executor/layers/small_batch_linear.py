@@ -26,6 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from folovllm.utils.common import power_of_2_at_least
+
 MAX_ROWS = 16
 """Rows of one tensor-core tile: more would be padded to 32, and cuBLAS is good there."""
 
@@ -83,11 +85,6 @@ def default_config(m: int, n: int, k: int, gated: bool) -> SmallBatchConfig:
     block_k = min(1024, max(64, power_of_2_at_least(k)))
     block_n = (8 if n * rows_per_output <= 2048 else 16) // rows_per_output
     return SmallBatchConfig(block_n, block_k, 4, prefetch=3 if block_n * rows_per_output == 8 else 2)
-
-
-def power_of_2_at_least(n: int) -> int:
-    """Return the smallest power of two >= n, for n >= 1."""
-    return 1 << (n - 1).bit_length()
 
 
 def linear_torch(

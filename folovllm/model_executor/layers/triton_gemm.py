@@ -40,6 +40,7 @@ import triton
 import triton.language as tl
 
 from folovllm.model_executor.layers.triton_gemv import _silu_mul
+from folovllm.utils.triton_launch import fast_launch
 
 GROUP = tl.constexpr(8)  # tiles of rows whose programs are neighbours
 # Bytes of a weight row apart that are asked for in the L2 cache: its line, if an access to a part brings it all.
@@ -122,6 +123,7 @@ def _biased(
     return sums
 
 
+@fast_launch
 @triton.jit(do_not_specialize=["M"])  # type: ignore[untyped-decorator]
 def gemm_kernel(
     x_ptr: tl.tensor,
@@ -145,7 +147,9 @@ def gemm_kernel(
 ) -> None:
     """One tile of out [M, N], or of one split's sums in out [SPLITS, M, N] float32; program_id(1) is the split.
 
-    Rows and outputs beyond M and N are computed from the last real one, so that loads need no masks, and not stored.
+    Rows and outputs beyond M and N are computed from real ones, so that loads need no masks, and not stored. From
+    different ones: a hundred rows that all read the last real one would queue at one place of the L2 cache, and the
+    product would take four times as long.
     With descriptors of x and the weight, Hopper's copy engine (TMA) loads their tiles: one thread asks for a whole one.
     """
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
@@ -155,7 +159,7 @@ def gemm_kernel(
     first = tl.program_id(1) * PART
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     output = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_rows = x_ptr + tl.minimum(row, M - 1).to(tl.int64) * K
+    x_rows = x_ptr + (row % M).to(tl.int64) * K
     weight_rows = weight_ptr + tl.minimum(output, N - 1).to(tl.int64) * K
     # 1. Prefetch, by one of the programs that share the weight rows. 2. Signal. 3. Wait.
     COLUMNS: tl.constexpr = min(PREFETCH, PART) // 64 * 64
@@ -195,6 +199,7 @@ def gemm_kernel(
         tl.store(out_ptr + offsets, value, mask=mask)
 
 
+@fast_launch
 @triton.jit(do_not_specialize=["M"])  # type: ignore[untyped-decorator]
 def sum_norm_kernel(
     parts_ptr: tl.tensor,

@@ -37,6 +37,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from folovllm.utils.triton_launch import fast_launch
+
 PADDED_ROWS = tl.constexpr(16)  # rows of x in one tensor-core tile
 
 
@@ -135,6 +137,7 @@ def _load_rows(
     return x
 
 
+@fast_launch
 @triton.jit  # type: ignore[untyped-decorator]
 def gemv_kernel(
     x_ptr: tl.tensor,
@@ -232,6 +235,7 @@ def gemv_kernel(
         tl.store(extra_ptr + program, best_id)
 
 
+@fast_launch
 @triton.jit(do_not_specialize=["M"])  # type: ignore[untyped-decorator]
 def small_batch_kernel(
     x_ptr: tl.tensor,

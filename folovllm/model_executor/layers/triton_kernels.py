@@ -28,6 +28,9 @@ import torch
 import triton
 import triton.language as tl
 
+from folovllm.utils.common import cdiv, power_of_2_at_least
+from folovllm.utils.triton_launch import fast_launch
+
 _FP8_MAX = 448.0
 """Largest float8_e4m3fn; larger values would become NaN."""
 
@@ -37,6 +40,7 @@ def pdl_options(pdl: bool) -> dict[str, bool]:
     return {"launch_pdl": True} if pdl else {}
 
 
+@fast_launch
 @triton.jit  # type: ignore[untyped-decorator]
 def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
@@ -90,7 +94,7 @@ def rms_norm(
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if num_tokens == 0:
         return out
-    block = triton.next_power_of_2(hidden_size)
+    block = power_of_2_at_least(hidden_size)
     _rms_norm_kernel[(num_tokens,)](
         x,
         residual,
@@ -110,6 +114,7 @@ def rms_norm(
     return out
 
 
+@fast_launch
 @triton.jit  # type: ignore[untyped-decorator]
 def _silu_and_mul_kernel(  # type: ignore[no-untyped-def]
     gate_up_ptr, out_ptr, gate_up_stride, N: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
@@ -138,8 +143,8 @@ def silu_and_mul(
     out = torch.empty((num_tokens, inner), dtype=gate_up.dtype, device=gate_up.device)
     if num_tokens == 0:
         return out
-    block = min(block or 1024, triton.next_power_of_2(inner))
-    _silu_and_mul_kernel[(num_tokens, triton.cdiv(inner, block))](
+    block = min(block or 1024, power_of_2_at_least(inner))
+    _silu_and_mul_kernel[(num_tokens, cdiv(inner, block))](
         gate_up, out, gate_up.stride(0), N=inner, BLOCK=block, PDL=pdl, num_warps=num_warps, **pdl_options(pdl)
     )
     return out
@@ -179,6 +184,7 @@ def _to_cache(x, scale, FP8: tl.constexpr, FP8_MAX: tl.constexpr, DTYPE: tl.cons
     return x.to(DTYPE)
 
 
+@fast_launch
 @triton.jit  # type: ignore[untyped-decorator]
 def _qk_norm_rope_write_kv_kernel(  # type: ignore[no-untyped-def]
     qkv_ptr,  # [T, (H + 2 Hkv) D]
@@ -284,7 +290,7 @@ def qk_norm_rope_write_kv(
     if num_tokens == 0:
         return query
     heads = heads_per_program
-    groups = triton.cdiv(num_heads, heads) + 2 * triton.cdiv(num_kv_heads, heads)
+    groups = cdiv(num_heads, heads) + 2 * cdiv(num_kv_heads, heads)
     _qk_norm_rope_write_kv_kernel[(num_tokens, groups)](
         qkv,
         positions,
@@ -306,7 +312,7 @@ def qk_norm_rope_write_kv(
         H=num_heads,
         HKV=num_kv_heads,
         D=head_size,
-        HALF=triton.next_power_of_2(head_size // 2),
+        HALF=power_of_2_at_least(head_size // 2),
         G=heads,
         NORM=q_weight is not None,
         FP8=kv_cache.dtype == torch.float8_e4m3fn,

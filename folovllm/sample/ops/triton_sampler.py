@@ -31,6 +31,8 @@ import triton
 import triton.language as tl
 
 from folovllm.sampling_params import SAMPLING_EPS
+from folovllm.utils.common import cdiv
+from folovllm.utils.triton_launch import fast_launch
 
 _NEG_INF = tl.constexpr(float("-inf"))
 _EPS = tl.constexpr(SAMPLING_EPS)
@@ -107,6 +109,7 @@ def _race_tile(x, ids, start, temperature, key_0, key_1, best, best_id):  # type
     return best, best_id
 
 
+@fast_launch
 @triton.jit  # type: ignore[untyped-decorator]
 def _race_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,  # [B, V]
@@ -175,6 +178,7 @@ def _winner_of_splits(score_ptr, id_ptr, row, num_splits, V, SPLITS: tl.constexp
     return tl.min(tl.where(scores == tl.max(scores, axis=0), ids, V), axis=0)
 
 
+@fast_launch
 @triton.jit(do_not_specialize=["num_splits"])  # type: ignore[untyped-decorator]
 def _pick_kernel(  # type: ignore[no-untyped-def]
     score_ptr, id_ptr, out_ptr, num_splits, V, SPLITS: tl.constexpr, PDL: tl.constexpr
@@ -334,6 +338,7 @@ def _draw_from_row(  # type: ignore[no-untyped-def]
     return winner
 
 
+@fast_launch
 @triton.jit(do_not_specialize=["num_splits"])  # type: ignore[untyped-decorator]
 def _restrict_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,
@@ -418,7 +423,7 @@ def _bits_kernel(seeds_ptr, positions_ptr, out_ptr, V, BLOCK: tl.constexpr):  # 
 def random_bits(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """Return the noise's integers [B, V] int32 as the kernels make them: those of `rng.random_bits`."""
     out = torch.empty((seeds.shape[0], vocab_size), dtype=torch.int32, device=seeds.device)
-    _bits_kernel[(seeds.shape[0], triton.cdiv(vocab_size, 1024))](seeds, positions, out, vocab_size, BLOCK=1024)
+    _bits_kernel[(seeds.shape[0], cdiv(vocab_size, 1024))](seeds, positions, out, vocab_size, BLOCK=1024)
     return out
 
 
@@ -450,10 +455,10 @@ def sample_tokens(
     if batch_size == 0:
         return out
     assert logits.stride(1) == 1 and vocab_size <= 255 * row_block
-    tiles = triton.cdiv(vocab_size, block)
+    tiles = cdiv(vocab_size, block)
     splits = min(_MAX_SPLITS, tiles, num_splits or max(1, _PROGRAMS // batch_size))
-    tiles_per_split = triton.cdiv(tiles, splits)
-    splits = triton.cdiv(tiles, tiles_per_split)
+    tiles_per_split = cdiv(tiles, splits)
+    splits = cdiv(tiles, tiles_per_split)
     restricted = temperature is not None and (top_k is not None or top_p is not None)
     scores = torch.empty((2, batch_size, splits), dtype=torch.float32, device=logits.device)
     ids = torch.empty((batch_size, splits), dtype=torch.int32, device=logits.device)

@@ -1,0 +1,85 @@
+"""fast_launch: the kernel that Triton would have chosen, for whatever is specialised on, and found again."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+
+from folovllm.utils.triton_launch import FastKernel, fast_launch, kinds_of  # noqa: E402
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+
+
+@fast_launch
+@triton.jit
+def scale_kernel(x_ptr, bias_ptr, out_ptr, factor, n, stride, BLOCK: tl.constexpr, TWICE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Out[i] = x[i * stride] * factor (+ bias[i]), twice that with TWICE."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i * stride, mask=i < n, other=0.0).to(tl.float32) * factor
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + i, mask=i < n, other=0.0).to(tl.float32)
+    if TWICE:
+        x *= 2.0
+    tl.store(out_ptr + i, x.to(out_ptr.dtype.element_ty), mask=i < n)
+
+
+def check(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    stride: int,
+    factor: float,
+    twice: bool,
+    kernel: Any = scale_kernel,
+) -> None:
+    out = torch.full((n,), float("nan"), dtype=x.dtype, device=DEVICE)
+    block = 64
+    kernel[(triton.cdiv(n, block),)](x, bias, out, factor, n, stride, BLOCK=block, TWICE=twice, num_warps=1)
+    expected = x[: n * stride : stride][:n].float() * factor + (0 if bias is None else bias[:n].float())
+    torch.testing.assert_close(out.float(), expected * (2 if twice else 1), rtol=1e-2, atol=1e-2)
+
+
+def test_every_specialisation_gets_its_own_kernel() -> None:
+    """Addresses off by one number, strides of 1, 16 and 5, dtypes, None and constants, each several times in turn."""
+    memory = torch.randn(4096, device=DEVICE)
+    for _ in range(3):
+        for dtype in (torch.float32, torch.float16):
+            x = memory.to(dtype)
+            for first in (0, 1, 8):
+                for n, stride in ((1, 1), (64, 16), (77, 5), (160, 1)):
+                    check(x[first:], None, n, stride, 0.5, False)
+                    check(x[first:], x[1:], n, stride, -3.0, True)
+
+
+@pytest.mark.gpu
+def test_a_launch_like_one_before_is_found_again() -> None:
+    x, kernel = torch.randn(256, device=DEVICE), FastKernel(scale_kernel.kernel)
+    check(x, None, 100, 1, 2.0, False, kernel)
+    check(x, None, 100, 1, 3.0, False, kernel)  # another number of the same kind
+    check(x[4:], None, 101, 1, 3.0, False, kernel)  # another address, as aligned
+    assert len(kernel._compiled) == 1
+    check(x[1:], None, 100, 1, 2.0, False, kernel)
+    check(x, None, 96, 1, 2.0, False, kernel)
+    check(x, None, 100, 1, 2.0, True, kernel)
+    assert len(kernel._compiled) == 4
+
+
+def test_kinds() -> None:
+    x = torch.zeros(64, dtype=torch.float16)
+    skipped = next(i for i in range(1, 9) if (x.data_ptr() + 2 * i) % 16)
+    arguments = [None, x, x[skipped:], x.float(), 1, 2, 16, 1 << 31, (1 << 31) + 1, 2.5]
+    kinds = [tuple(kinds_of([a]) or ()) for a in arguments]
+    assert len(set(kinds)) == len(arguments)
+    assert kinds_of([32, 3, 7.0, -5]) == kinds_of([16, 2, 2.5, 99])
+    for unknown in (True, 1 << 63, "text", (1, 2)):
+        assert kinds_of([1, unknown]) is None
