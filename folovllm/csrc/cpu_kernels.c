@@ -28,6 +28,7 @@
  * distances: block_stride elements from one to the next, value_offset from a key to its value.
  */
 #include <math.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -40,6 +41,8 @@
 #define SIMD_SUM(...) PRAGMA(omp simd reduction(+ : __VA_ARGS__))
 
 typedef uint16_t bf16;
+
+static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* ---- Threads -------------------------------------------------------------------------------------------------- */
 
@@ -58,14 +61,77 @@ static void enter(void *task) {
     t->body(t->args, get_thread_num(), get_num_threads());
 }
 
-/* Call body(args, i, n) on n threads, n at most num_threads. The body must share the work by the n that it is told. */
-static void run(body_fn body, void *args, int num_threads) {
-    if (num_threads <= 1 || !gomp_parallel) {
-        body(args, 0, 1);
+/* Threads that stay together from one body to the next, spinning in between: to start and end a parallel region takes
+ * OpenMP over a microsecond, to post a number and read one a fraction of that. The first member leads: it does the rest
+ * of the work, and hands out bodies. Every member acknowledges each, also those that have no part in it. */
+typedef struct {
+    void (*lead)(const void *);
+    const void *lead_args;
+    body_fn body; /* NULL: go home */
+    void *args;
+    int members, num_threads; /* of these, num_threads take part in the body */
+    int64_t posted __attribute__((aligned(64)));
+    int64_t finished __attribute__((aligned(64)));
+} team_t;
+
+static _Thread_local team_t *team; /* of the member that leads */
+
+/* Wait until *number is `target`; after a while let others run, should there be more threads than processors. */
+static void wait_for(const int64_t *number, int64_t target) {
+    for (int i = 1; __atomic_load_n(number, __ATOMIC_ACQUIRE) != target; i++) {
+        if (i % 4096 == 0) sched_yield();
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+    }
+}
+
+static void post(team_t *t, body_fn body, void *args, int num_threads) {
+    t->body = body, t->args = args, t->num_threads = num_threads;
+    __atomic_fetch_add(&t->posted, 1, __ATOMIC_RELEASE);
+}
+
+static void join_team(void *args) {
+    team_t *t = args;
+    int i = get_thread_num();
+    if (i == 0) {
+        t->members = get_num_threads();
+        team = t;
+        t->lead(t->lead_args);
+        team = NULL;
+        post(t, NULL, NULL, 0);
         return;
     }
-    task_t task = {body, args};
-    gomp_parallel(enter, &task, (unsigned)num_threads, 0);
+    for (int64_t count = 1;; count++) {
+        wait_for(&t->posted, count);
+        if (!t->body) return;
+        if (i < t->num_threads) t->body(t->args, i, t->num_threads);
+        __atomic_fetch_add(&t->finished, 1, __ATOMIC_RELEASE);
+    }
+}
+
+/* Call lead(args), whose calls of `run` find their threads waiting. */
+static void run_as_team(void (*lead)(const void *), const void *args, int num_threads) {
+    team_t t = {lead, args, NULL, NULL, 1, 0, 0, 0};
+    if (num_threads <= 1 || !gomp_parallel)
+        lead(args);
+    else
+        gomp_parallel(join_team, &t, (unsigned)num_threads, 0);
+}
+
+/* Call body(args, i, n) on n threads, n at most num_threads. The body must share the work by the n that it is told. */
+static void run(body_fn body, void *args, int num_threads) {
+    if (team && num_threads > team->members) num_threads = team->members;
+    if (num_threads <= 1 || !gomp_parallel) {
+        body(args, 0, 1);
+    } else if (team) {
+        post(team, body, args, num_threads);
+        body(args, 0, num_threads);
+        wait_for(&team->finished, team->posted * (team->members - 1));
+    } else {
+        task_t task = {body, args};
+        gomp_parallel(enter, &task, (unsigned)num_threads, 0);
+    }
 }
 
 /* The part [*begin, *end) of `count` that thread i of n works on. */
@@ -73,8 +139,6 @@ static void share(int64_t count, int i, int n, int64_t *begin, int64_t *end) {
     *begin = count * i / n;
     *end = count * (i + 1) / n;
 }
-
-static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static void *scratch(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,15 @@ def bind_caches(model: LlamaForCausalLM) -> None:
         layer.kv_cache = memory[:, i].transpose(0, 1)
 
 
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """More than there are processors, too: members of a team wait for each other without OpenMP's help."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
 @torch.inference_mode()
 def run_steps(model: LlamaForCausalLM) -> list[torch.Tensor]:
     """Logits of a step of prompts, a mixed one, and one of decodes alone; three requests."""
@@ -57,6 +67,8 @@ def run_steps(model: LlamaForCausalLM) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-biases", "llama-mha", "llama3-rope", "qwen2", "qwen3-tied"])
+@pytest.mark.parametrize("threads", [1, 2, 5], indirect=True)
+@pytest.mark.usefixtures("threads")
 def test_equals_calls_one_by_one(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny_model(tmp_path, name, intermediate_size=160, head_dim=32)
     model = load(tmp_path)
