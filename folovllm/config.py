@@ -21,7 +21,7 @@ ATTENTION_BACKENDS = ("auto", "paged_flash", "paged", "flash_attn", "torch_naive
 SCHEDULER_POLICIES = ("fcfs", "priority")
 KV_CACHE_DTYPES = ("auto", "fp8")
 HASH_ALGORITHMS = ("sha256",)
-QUANTIZATION_METHODS: tuple[str | None, ...] = (None, "auto")
+QUANTIZATION_METHODS: tuple[str | None, ...] = (None, "auto", "gptq")
 
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
 DEFAULT_MAX_NUM_SEQS = 128
@@ -70,7 +70,7 @@ class ModelConfig:
     load_format: str = "auto"
     """One of LOAD_FORMATS; "dummy" makes random weights from the config alone."""
     quantization: str | None = None
-    """None or "auto": what the checkpoint says."""
+    """None or "auto": what the checkpoint says; "gptq": the same, and an error if that is not GPTQ."""
     enforce_eager: bool = False
     """Never capture CUDA graphs."""
     deterministic: bool = False
@@ -97,6 +97,7 @@ class ModelConfig:
         check_range("seed", self.seed, low=0, high=2**63 - 1)
         if self.hf_config is None:
             self.hf_config = read_hf_config(self.model)
+        self._check_quantization()
         limit = self.hf_config.get("max_position_embeddings")
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 2):
             raise ValueError(f"max_position_embeddings={limit!r} in config.json must be an int of at least 2.")
@@ -137,6 +138,19 @@ class ModelConfig:
     def get_head_size(self) -> int:
         """D; a config without `head_dim` means hidden_size / num_attention_heads."""
         return int(self._config().get("head_dim") or self.get_hidden_size() // self.get_num_attention_heads())
+
+    def _check_quantization(self) -> None:
+        """Refuse a named method that is not the checkpoint's."""
+        if self.quantization in (None, "auto"):
+            return
+        stored = self._config().get("quantization_config")
+        method = stored.get("quant_method") if isinstance(stored, dict) else stored
+        if method != self.quantization:
+            what = "not quantized" if stored is None else f"quantized with quant_method={method!r}"
+            raise ValueError(
+                f"quantization={self.quantization!r}: model={self.model!r} is {what}. Leave quantization out (or "
+                "'auto') to run the checkpoint as it is."
+            )
 
     def _config(self) -> dict[str, Any]:
         assert self.hf_config is not None

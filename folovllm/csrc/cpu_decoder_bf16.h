@@ -8,13 +8,16 @@
  *
  * Legend: E hidden size, I inner size of the MLP; the others as in cpu_kernels.c.
  */
+/* A projection's weight, as in linear_t; bias may be NULL, scales and zeros are unless it has 4 bits. */
+typedef struct {
+    const void *w, *bias, *scales, *zeros;
+    int64_t group;
+} weight_t;
+
 typedef struct {
     const void *input_norm, *post_norm;   /* [E] */
     const void *q_norm, *k_norm;          /* [D], or NULL */
-    const void *qkv, *qkv_bias;           /* [(H + 2 Hkv) D, E]; biases may be NULL */
-    const void *o, *o_bias;               /* [E, H D] */
-    const void *gate_up, *gate_up_bias;   /* [2 I, E] */
-    const void *down, *down_bias;         /* [E, I] */
+    weight_t qkv, o, gate_up, down;       /* [(H + 2 Hkv) D, E], [E, H D], [2 I, E], [E, I] */
     const void *cos_sin;                  /* [2, max_position, D] */
     void *kv_cache;                       /* [2, Nb, Bs, Hkv, D] */
 } layer_t;
@@ -34,6 +37,13 @@ typedef struct {
     int num_threads;
 } decoder_t;
 
+/* out [T, N] (with silu_mul of 2 N outputs), or out += where `add`. */
+static void project(const weight_t *w, const void *x, void *out, int64_t T, int64_t K, int64_t N, int silu_mul, int add,
+                    int num_threads) {
+    linear_t a = {x, w->w, w->bias, add ? out : NULL, out, NULL, T, K, N, K, silu_mul, 0, w->scales, w->zeros, w->group};
+    multiply_bf16(&a, num_threads);
+}
+
 static void run_layers(const void *args) {
     const decoder_t *a = args;
     int64_t T = a->T, E = a->E, width = (a->H + 2 * a->Hkv) * a->D, heads = a->H * a->D;
@@ -43,7 +53,7 @@ static void run_layers(const void *args) {
     bf16 *activated = scratch((size_t)(T * a->I) * sizeof(bf16));
     for (const layer_t *l = a->layers; l < a->layers + a->num_layers; l++) {
         folo_rms_norm_bf16(a->hidden, l->input_norm, NULL, normed, T, E, E, a->eps, n);
-        folo_linear_bf16(normed, l->qkv, l->qkv_bias, NULL, qkv, T, E, width, E, 0, 0, n);
+        project(&l->qkv, normed, qkv, T, E, width, 0, 0, n);
         folo_rope_write_kv_bf16(qkv, a->positions, l->cos_sin, l->q_norm, l->k_norm, l->kv_cache, a->slots, T, a->H,
                                 a->Hkv, a->D, a->Bs, a->block_stride, a->value_offset, a->max_position, a->head_eps, 1,
                                 n);
@@ -54,10 +64,10 @@ static void run_layers(const void *args) {
         if (a->num_chunks)
             folo_paged_prefill_bf16(qkv, l->kv_cache, a->table, a->chunks, attended, a->num_chunks, a->H, a->Hkv, a->D,
                                     a->Bs, a->block_stride, a->value_offset, width, a->table_stride, a->scale, n);
-        folo_linear_bf16(attended, l->o, l->o_bias, a->hidden, a->hidden, T, heads, E, heads, 0, 0, n);
+        project(&l->o, attended, a->hidden, T, heads, E, 0, 1, n);
         folo_rms_norm_bf16(a->hidden, l->post_norm, NULL, normed, T, E, E, a->eps, n);
-        folo_linear_bf16(normed, l->gate_up, l->gate_up_bias, NULL, activated, T, E, a->I, E, 1, 0, n);
-        folo_linear_bf16(activated, l->down, l->down_bias, a->hidden, a->hidden, T, a->I, E, a->I, 0, 0, n);
+        project(&l->gate_up, normed, activated, T, E, a->I, 1, 0, n);
+        project(&l->down, activated, a->hidden, T, a->I, E, 0, 1, n);
     }
     folo_rms_norm_bf16(a->hidden, a->final_norm, NULL, a->out, T, E, E, a->eps, n);
     free(normed);

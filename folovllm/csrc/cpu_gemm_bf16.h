@@ -48,21 +48,23 @@ static inline void outputs_of(const linear_t *a, int64_t pair, int64_t outputs[2
 
 /* Weights of pairs [first, last) -> [pair][K / 32][2] tiles of [16 pairs of inputs][16 outputs][2]; past the last
  * output, zeros. */
-static void pack_weights(const linear_t *a, int64_t first, int64_t last, char *packed) {
+static void pack_weights(const linear_t *a, int64_t first, int64_t last, bf16 *unpacked, char *packed) {
     int64_t k_tiles = a->K / 32, width = a->silu_mul ? 16 : 32;
     for (int64_t pair = first; pair < last; pair++) {
         int64_t outputs[2];
         outputs_of(a, pair, outputs);
         for (int j = 0; j < 2; j++) {
             int64_t there = min64(16, a->N - (a->silu_mul ? outputs[0] : outputs[j]));
+            if (there <= 0) there = 0;
+            const bf16 *weights = there ? sixteen_weights(a, outputs[j], there, width, unpacked) : NULL;
             for (int64_t k = 0; k < k_tiles; k++) {
-                const bf16 *w = (const bf16 *)a->w + outputs[j] * a->K + k * 32;
+                const bf16 *w = weights + k * 32;
                 __m512i rows[16];
                 for (int i = 0; i < 16; i++)
                     rows[i] = i < there ? _mm512_loadu_si512(w + i * a->K) : _mm512_setzero_si512();
                 /* The rows of the next pair, in the order of memory; past the end, asking does no harm. */
                 const char *next = (const char *)((const bf16 *)a->w + (outputs[j] + width) * a->K) + k * 1024;
-                for (int i = 0; i < 16; i++) _mm_prefetch(next + i * 64, _MM_HINT_T1);
+                for (int i = 0; i < 16 && !a->scales; i++) _mm_prefetch(next + i * 64, _MM_HINT_T1);
                 transpose16(rows);
                 char *tile = packed + (((pair - first) * k_tiles + k) * 2 + j) * 1024;
                 for (int i = 0; i < 16; i++) _mm512_store_si512(tile + i * 64, rows[i]);
@@ -152,6 +154,7 @@ static void gemm_body(void *args, int thread, int num_threads) {
     step = min64(step < 1 ? 1 : step, pair_end - pair_begin);
     int64_t blocks = (k_tiles + K_TILES - 1) / K_TILES, block = (k_tiles + blocks - 1) / blocks;
     char *panel = scratch((size_t)(step * pair_bytes));
+    bf16 *unpacked = a->scales ? scratch((size_t)(16 * a->K) * sizeof(bf16)) : NULL;
     float(*sums)[4][256] = scratch((size_t)step * 4096);
     bf16 *tail = NULL; /* the last rows, followed by zeros: a tile reads 32 */
     if ((end - begin) % 32) {
@@ -164,7 +167,7 @@ static void gemm_body(void *args, int thread, int num_threads) {
     configure_tiles();
     for (int64_t first = pair_begin; first < pair_end; first += step) {
         int64_t last = min64(first + step, pair_end);
-        pack_weights(a, first, last, panel);
+        pack_weights(a, first, last, unpacked, panel);
         for (int64_t m = begin; m < end; m += 32) {
             int64_t rows = min64(32, end - m);
             const bf16 *x = rows < 32 ? tail : (const bf16 *)a->x + m * a->ldx;
@@ -183,6 +186,23 @@ static void gemm_body(void *args, int thread, int num_threads) {
     }
     _tile_release();
     free(panel);
+    free(unpacked);
     free(sums);
     free(tail);
+}
+
+/* linear_t on AMX, whichever way is the faster. */
+static void multiply_bf16(linear_t *a, int num_threads) {
+    if (a->M >= GEMM_ROWS)
+        run(gemm_body, a, num_threads);
+    else
+        linear_amx(a, num_threads);
+}
+
+/* out[M, N] = x[M, K] . w^T for weights of 4 bits, see linear_t; K a multiple of 32, N >= 16. */
+API void folo_linear_int4_bf16(const void *x, const void *w, const void *scales, const void *zeros, const void *bias,
+                               const void *residual, void *out, int64_t M, int64_t K, int64_t N, int64_t group,
+                               int64_t ldx, int silu_mul, int num_threads) {
+    linear_t a = {x, w, bias, residual, out, NULL, M, K, N, ldx, silu_mul, 0, scales, zeros, group};
+    multiply_bf16(&a, num_threads);
 }

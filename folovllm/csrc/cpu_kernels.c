@@ -7,7 +7,8 @@
  *
  *     linear            x . W^T, weights in the order of the checkpoint          cpu_linear_bf16.h (few rows),
  *                                                                                cpu_gemm_bf16.h (many),
- *                                                                                cpu_kernels_typed.h
+ *                                                                                cpu_kernels_typed.h;
+ *                                                                                of 4 bits: cpu_int4_bf16.h
  *     rms_norm, silu_and_mul, rope_write_kv                                      cpu_kernels_typed.h
  *     paged_decode      attention of one new token per request, from the pages   the same two
  *     paged_prefill     attention of prompt chunks, from the pages, AMX only     cpu_prefill_bf16.h
@@ -201,6 +202,9 @@ typedef struct {
     int64_t M, K, N, ldx;     /* ldx: elements from one row of x to the next */
     int silu_mul;             /* w is [2 N, K], gate | up, and out = silu(gate) * up */
     int out_float;            /* out is float32 and not rounded (logits) */
+    /* Of weights of 4 bits, see cpu_int4_bf16.h; else NULL. */
+    const void *scales, *zeros; /* [N, K / group] (with silu_mul [2 N, ...]): bfloat16, uint8 */
+    int64_t group;              /* inputs that share a scale: a multiple of 32 that divides K */
 } linear_t;
 
 typedef struct {

@@ -70,13 +70,10 @@ static void NAME(linear_body)(void *args, int thread, int num_threads) {
 /* out[M, N] = x[M, K] . w^T, see linear_t. */
 API void NAME(folo_linear)(const void *x, const void *w, const void *bias, const void *residual, void *out, int64_t M,
                            int64_t K, int64_t N, int64_t ldx, int silu_mul, int out_float, int num_threads) {
-    linear_t a = {x, w, bias, residual, out, NULL, M, K, N, ldx, silu_mul, out_float};
+    linear_t a = {x, w, bias, residual, out, NULL, M, K, N, ldx, silu_mul, out_float, NULL, NULL, 0};
 #if IS_BF16 && HAVE_AVX512_BF16 && HAVE_AMX
     if (amx_allowed && K % 32 == 0 && N >= 16) {
-        if (M >= GEMM_ROWS)
-            run(gemm_body, &a, num_threads);
-        else
-            linear_amx(&a, num_threads);
+        multiply_bf16(&a, num_threads);
         return;
     }
 #endif

@@ -113,6 +113,8 @@ static void configure_tiles(void) {
     _tile_loadconfig(&config);
 }
 
+#include "cpu_int4_bf16.h"
+
 /* x [M, K] -> tiles [M / 16][K / 32] of [16 pairs][16 tokens][2]; tokens past M are zero. */
 static void pack_x(void *args, int thread, int num_threads) {
     const linear_t *a = args;
@@ -153,10 +155,10 @@ static void finish_tile(const linear_t *a, int64_t m0, int64_t n, int64_t skip, 
  * a weight comes from memory once and from the cache for later tokens. */
 static void amx_body(void *args, int thread, int num_threads) {
     const linear_t *a = args;
-    const bf16 *w = a->w;
     int64_t K = a->K, N = a->N, row = K * 2, k_tiles = K / 32, begin, end;
     share((N + 15) / 16, thread, num_threads, &begin, &end);
     float c[4][256] __attribute__((aligned(64)));
+    bf16 *unpacked = a->scales ? scratch((size_t)(32 * K) * sizeof(bf16)) : NULL;
     configure_tiles();
     int64_t width = a->silu_mul ? 1 : 2;
     for (int64_t block = begin; block < end; block += width) {
@@ -164,8 +166,10 @@ static void amx_body(void *args, int thread, int num_threads) {
         int64_t n0 = min64(block * 16, N - 16), skip0 = block * 16 - n0;
         int pair = a->silu_mul || block + 1 < end;
         int64_t n1 = a->silu_mul ? N + n0 : min64(block * 16 + 16, N - 16), skip1 = block * 16 + 16 - n1;
-        const bf16 *w0 = w + n0 * K, *w1 = w + (pair ? n1 : n0) * K;
-        int64_t ahead = block + width < end ? width * 16 * K : 0; /* the next step's weights, fetched during this one */
+        int64_t next = block + width < end ? width * 16 : 0; /* the next step's weights are fetched during this one */
+        const bf16 *w0 = sixteen_weights(a, n0, 16, next, unpacked);
+        const bf16 *w1 = pair ? sixteen_weights(a, n1, 16, next, unpacked + 16 * K) : w0;
+        int64_t ahead = a->scales ? 0 : next * K;
         for (int64_t m0 = 0; m0 < a->M; m0 += 32) {
             const char *x0 = (const char *)a->packed + m0 / 16 * k_tiles * 1024, *x1 = x0 + k_tiles * 1024;
             int wide = m0 + 16 < a->M;
@@ -206,6 +210,7 @@ static void amx_body(void *args, int thread, int num_threads) {
         }
     }
     _tile_release();
+    free(unpacked);
 }
 
 /* A few rows; many are for cpu_gemm_bf16.h. */

@@ -198,7 +198,7 @@ _HELP: dict[str, str] = {
     "dtype": "number format of weights and activations",
     "seed": "seeds the draws of requests that name no seed",
     "max_model_len": "most tokens of a request, prompt and output (default: the model's)",
-    "quantization": "auto: what the checkpoint says",
+    "quantization": "auto: what the checkpoint says; gptq: an error unless it says that",
     "enforce_eager": "never capture CUDA graphs",
     "cuda_graph_sizes": "decode batch sizes to record into CUDA graphs (default: chosen by max_num_seqs)",
     "deterministic": "on CUDA: the same bits for a request alone and in any batch",

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ SOURCES = tuple(
         "kernels.c",
         "kernels_typed.h",
         "linear_bf16.h",
+        "int4_bf16.h",
         "gemm_bf16.h",
         "prefill_bf16.h",
         "decoder_bf16.h",
@@ -75,6 +77,7 @@ _rope_write_kv: dict[torch.dtype, Function] = {}
 _paged_decode: dict[torch.dtype, Function] = {}
 _paged_prefill: Function | None = None
 _decoder: Function | None = None
+_linear_int4: Function | None = None
 _features = 0
 
 PTR, I64, INT, F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -220,7 +223,7 @@ def _openmp_entry_points() -> list[ctypes.c_void_p] | None:
 
 
 def _load(path: Path, entry_points: list[ctypes.c_void_p]) -> None:
-    global _features, _paged_prefill, _decoder
+    global _features, _paged_prefill, _decoder, _linear_int4
     library = ctypes.CDLL(str(path))
     library.folo_init.argtypes = [PTR, PTR, PTR]
     _features = library.folo_init(*entry_points)
@@ -234,6 +237,8 @@ def _load(path: Path, entry_points: list[ctypes.c_void_p]) -> None:
         _paged_prefill.argtypes, _paged_prefill.restype = [PTR] * 5 + [I64] * 9 + [F32, INT], None
         _decoder = library.folo_decoder_bf16
         _decoder.argtypes, _decoder.restype = [PTR], None
+        _linear_int4 = library.folo_linear_int4_bf16
+        _linear_int4.argtypes, _linear_int4.restype = [PTR] * 7 + [I64] * 5 + [INT] * 2, None
 
 
 def _has_whole_blocks(kv_cache: torch.Tensor) -> bool:
@@ -304,6 +309,83 @@ def linear_silu_and_mul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
         x.stride(0),
         1,
         False,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+@dataclass
+class CPUWeight:
+    """A linear layer's weight as the AMX kernels take it, see linear and linear_int4."""
+
+    weight: torch.Tensor
+    """[N, K] bfloat16, or [N, K / 2] uint8 of pack_int4."""
+    bias: torch.Tensor | None = None
+    """[N]."""
+    scales: torch.Tensor | None = None
+    """[N, G] bfloat16 for a weight of 4 bits."""
+    zeros: torch.Tensor | None = None
+    """[N, G] uint8 likewise."""
+
+    @property
+    def num_inputs(self) -> int:
+        """K."""
+        return self.weight.shape[1] * (1 if self.scales is None else 2)
+
+
+def multiplies_int4(dtype: torch.dtype, num_inputs: int, num_outputs: int, group_size: int) -> bool:
+    """Whether `linear_int4` takes such weights on this machine: bfloat16 on AMX, groups of a multiple of 32 inputs."""
+    amx = dtype == torch.bfloat16 and available()[0] and bool(_features & AMX_BF16)
+    return amx and num_outputs >= 16 and group_size % 32 == 0 and num_inputs % group_size == 0
+
+
+def pack_int4(values: torch.Tensor) -> torch.Tensor:
+    """Return integers [N, K] uint8 below 16, K a multiple of 32, as linear_int4 wants them: [N, K / 2] uint8."""
+    low, high = values.view(values.shape[0], -1, 2, 16).unbind(2)
+    return (low | (high << 4)).reshape(values.shape[0], -1)
+
+
+def linear_int4(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    silu_and_mul: bool = False,
+) -> torch.Tensor:
+    """Return x @ weight^T + bias for a weight [N, K] = (integers - zeros) * scales, rounded to bfloat16.
+
+    Args:
+        x: [M, K] bfloat16, rows contiguous.
+        packed: [N, K / 2] uint8, of pack_int4.
+        scales: [N, G] bfloat16, one for each K / G inputs.
+        zeros: [N, G] uint8, the integers that mean 0.
+        bias: [N] bfloat16 or None.
+        residual: as in `linear`; not together with silu_and_mul.
+        silu_and_mul: return silu(first half of the outputs) * second half, [M, N / 2].
+    """
+    num_rows, num_inputs = x.shape
+    num_outputs = packed.shape[0] // 2 if silu_and_mul else packed.shape[0]
+    assert _linear_int4 is not None and x.dtype == scales.dtype == torch.bfloat16 and x.stride(1) == 1
+    assert packed.is_contiguous() and scales.is_contiguous() and zeros.is_contiguous() and zeros.dtype == torch.uint8
+    assert packed.shape[1] * 2 == num_inputs and zeros.shape == scales.shape
+    assert residual is None or (residual.is_contiguous() and residual.shape == (num_rows, num_outputs))
+    out = x.new_empty((num_rows, num_outputs)) if residual is None else residual
+    _linear_int4(
+        x.data_ptr(),
+        packed.data_ptr(),
+        scales.data_ptr(),
+        zeros.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        None if residual is None else residual.data_ptr(),
+        out.data_ptr(),
+        num_rows,
+        num_inputs,
+        num_outputs,
+        num_inputs // scales.shape[1],
+        x.stride(0),
+        silu_and_mul,
         torch.get_num_threads(),
     )
     return out

@@ -11,11 +11,13 @@ import torch
 from folovllm.attention.backends.paged import PagedBackend
 from folovllm.config import ModelConfig
 from folovllm.model_executor.layers.attention import Attention
+from folovllm.model_executor.layers.quantization import get_quantization_config
 from folovllm.model_executor.model_loader.build import get_model
 from folovllm.model_executor.model_loader.source import resolve_model_source
 from folovllm.model_executor.models.cpu_decoder import CPUDecoder
 from folovllm.model_executor.models.llama import LlamaForCausalLM
 from folovllm.utils import cpu_kernels
+from tests.gptq_checkpoints import Settings, save_checkpoints
 from tests.tiny_models import VOCAB_SIZE, save_tiny_model
 from tests.unit.test_m1_models import metadata_for
 
@@ -28,7 +30,8 @@ BLOCK_SIZE, NUM_BLOCKS = 16, 40
 def load(path: Path) -> LlamaForCausalLM:
     source = resolve_model_source(str(path))
     config = ModelConfig(model=str(path), hf_config=source.hf_config())
-    model = get_model(config, source, PagedBackend, None, torch.bfloat16, torch.device("cpu"), use_tqdm=False)
+    quant_config = get_quantization_config(source.hf_config())
+    model = get_model(config, source, PagedBackend, quant_config, torch.bfloat16, torch.device("cpu"), use_tqdm=False)
     bind_caches(model)
     return model
 
@@ -104,3 +107,21 @@ def test_shapes_without_a_kernel_are_left_alone(config: dict[str, int], tmp_path
     bind_caches(model)
     for step, expected in zip(logits, run_steps(model), strict=True):
         assert (step - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "qwen3"])
+def test_weights_of_4_bits(name: str, tmp_path: Path) -> None:
+    """GPTQ weights without act-order run in one call, as the model with dequantized weights does, to the bit."""
+    save_checkpoints(tmp_path, name, Settings(sym=False, group_size=64, scale_dtype=torch.bfloat16))
+    quantized, plain = load(tmp_path / "quantized"), load(tmp_path / "plain")
+    for step, expected in zip(run_steps(quantized), run_steps(plain), strict=True):
+        assert torch.equal(step, expected)
+    assert isinstance(quantized.model.cpu_decoder, CPUDecoder), "it was taken"
+
+
+def test_inputs_in_another_order_are_left_alone(tmp_path: Path) -> None:
+    save_checkpoints(tmp_path, "llama", Settings(desc_act=True, group_size=64), same_order=True)
+    quantized, plain = load(tmp_path / "quantized"), load(tmp_path / "plain")
+    for step, expected in zip(run_steps(quantized), run_steps(plain), strict=True):
+        assert (step - expected).norm() < 0.05 * expected.norm()
+    assert quantized.model.cpu_decoder is None

@@ -99,6 +99,32 @@ def test_linear_of_many_rows(num_inputs: int, num_outputs: int, rows: int) -> No
         assert_near(cpu_kernels.linear_silu_and_mul(x, weight, offset), F.silu(gate) * up)
 
 
+@pytest.mark.skipif(not cpu_kernels.multiplies_int4(torch.bfloat16, 32, 16, 32), reason="needs AMX")
+@pytest.mark.parametrize("rows", [1, 5, 40, 130])
+@pytest.mark.parametrize(
+    ("num_inputs", "num_outputs", "group_size"),
+    [(576, 96, 64), (1536, 32, 128), (64, 33, 32), (96, 50, 96), (608, 16, 608)],
+)
+def test_linear_of_4_bits(num_inputs: int, num_outputs: int, group_size: int, rows: int) -> None:
+    """The product with the weight that the integers mean, to the bit; every integer and zero point occurs."""
+    integers = torch.randint(0, 16, (2 * num_outputs, num_inputs), dtype=torch.uint8)
+    scales = (torch.rand(2 * num_outputs, num_inputs // group_size) * 0.1).bfloat16()
+    zeros = torch.randint(0, 17, scales.shape, dtype=torch.uint8)
+    spread = [t.float().repeat_interleave(group_size, 1) for t in (zeros, scales)]
+    weight = ((integers.float() - spread[0]) * spread[1]).bfloat16()
+    packed = cpu_kernels.pack_int4(integers)
+    assert packed.shape == (2 * num_outputs, num_inputs // 2)
+    x, residual = torch.randn(rows, num_inputs + 32).bfloat16()[:, :num_inputs], torch.randn(rows, 2 * num_outputs)
+    residual = residual.bfloat16()
+    for bias in (None, torch.randn(2 * num_outputs).bfloat16()):
+        got = cpu_kernels.linear_int4(x, packed, scales, zeros, bias)
+        assert torch.equal(got, cpu_kernels.linear(x, weight, bias))
+        got = cpu_kernels.linear_int4(x, packed, scales, zeros, bias, residual.clone())
+        assert torch.equal(got, cpu_kernels.linear(x, weight, bias, residual.clone()))
+        got = cpu_kernels.linear_int4(x, packed, scales, zeros, bias, silu_and_mul=True)
+        assert torch.equal(got, cpu_kernels.linear_silu_and_mul(x, weight, bias))
+
+
 @pytest.mark.parametrize("rows", [40, 300])
 def test_a_row_does_not_depend_on_the_others(rows: int) -> None:
     """Not on their values, nor on their number: few and many rows go different ways."""

@@ -45,7 +45,7 @@ def linear_packed(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | No
 class UnquantizedLinearMethod(LinearMethodBase):
     """A weight [N, K] in the model's dtype.
 
-    On CPUs with bfloat16 units, either left as it is, for our kernel; or, without the kernel, prepacked once for oneDNN.
+    On CPUs with bfloat16 units, left as it is for our kernel, or, without the kernel, prepacked once for oneDNN.
     """
 
     uses_cpu_kernel = False
@@ -70,6 +70,12 @@ class UnquantizedLinearMethod(LinearMethodBase):
             return cpu_kernels.linear(x, weight, bias)
         return linear_packed(x, weight, bias) if weight.is_mkldnn else F.linear(x, weight, bias)
 
+    def cpu_weight(self, layer: nn.Module) -> cpu_kernels.CPUWeight | None:
+        """See LinearMethodBase."""
+        weight, bias = layer.weight, layer.bias
+        assert isinstance(weight, torch.Tensor) and (bias is None or isinstance(bias, torch.Tensor))
+        return cpu_kernels.CPUWeight(weight, bias) if self.uses_cpu_kernel else None
+
 
 class BatchInvariantLinearMethod(UnquantizedLinearMethod):
     """On CUDA: one tile for every number of rows, so that a row's result does not depend on the others."""
@@ -84,6 +90,9 @@ class BatchInvariantLinearMethod(UnquantizedLinearMethod):
 class LinearBase(nn.Module):
     """What all linear layers share: parameters made and multiplied by a quant method."""
 
+    shard_ids: tuple[int | str | None, ...] = (None,)
+    """Ids of the checkpoint's layers that this one is made of, in the order of their rows."""
+
     def __init__(
         self,
         input_size: int,
@@ -97,13 +106,13 @@ class LinearBase(nn.Module):
         self.input_size = input_size
         self.output_size = output_size
         self.prefix = prefix
-        self.quant_method: LinearMethodBase = (
-            UnquantizedLinearMethod() if quant_config is None else quant_config.get_quant_method(self, prefix)
-        )
+        method = None if quant_config is None else quant_config.get_quant_method(self, prefix)
+        self.quant_method: LinearMethodBase = method or UnquantizedLinearMethod()
         self.quant_method.create_weights(self, input_size, output_size)
         self.bias = nn.Parameter(torch.empty(output_size), requires_grad=False) if bias else None
         for param in self.parameters():
-            param.weight_loader = self.weight_loader  # type: ignore[attr-defined]
+            if not hasattr(param, "weight_loader"):
+                param.weight_loader = self.weight_loader  # type: ignore[attr-defined]
 
     def shard_rows(self, shard_id: int | str | None) -> tuple[int, int]:
         """Return (first row, number of rows) of the output that checkpoint shard `shard_id` fills; None: all."""
@@ -148,6 +157,7 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
     ) -> None:
         """`output_sizes`: rows of each part, in order."""
         self.output_sizes = output_sizes
+        self.shard_ids = tuple(range(len(output_sizes)))
         super().__init__(input_size, sum(output_sizes), bias, quant_config, prefix)
 
     def shard_rows(self, shard_id: int | str | None) -> tuple[int, int]:
@@ -160,6 +170,8 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
 
 class QKVParallelLinear(ColumnParallelLinear):
     """Query, key and value projections as one matrix product; shard ids "q", "k", "v"."""
+
+    shard_ids = ("q", "k", "v")
 
     def __init__(
         self,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from folovllm.model_executor.model_loader.safetensors_reader import SafetensorsFile
 
 INDEX_FILE = "model.safetensors.index.json"
+QUANTIZE_FILE = "quantize_config.json"
+"""Where AutoGPTQ wrote what newer checkpoints have in config.json as `quantization_config`."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 
@@ -64,7 +66,11 @@ class FolderSource(ModelSource):
         return self.folder
 
     def hf_config(self) -> dict[str, Any]:
-        """Return the content of config.json. Raises ValueError without one, or if it has `auto_map`."""
+        """Return the content of config.json, with that of quantize_config.json as `quantization_config` if it has none.
+
+        Raises:
+            ValueError: there is no config.json, or it has `auto_map`.
+        """
         return dict(self._config)
 
     def generation_config(self) -> dict[str, Any]:
@@ -114,6 +120,9 @@ class FolderSource(ModelSource):
             )
         config = read_json(path)
         refuse_remote_code(config, path)
+        quantize = self.folder / QUANTIZE_FILE
+        if config.get("quantization_config") is None and quantize.is_file():
+            config["quantization_config"] = {"quant_method": "gptq", **read_json(quantize)}
         return config
 
     @cached_property

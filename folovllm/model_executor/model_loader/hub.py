@@ -10,12 +10,13 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-from folovllm.model_executor.model_loader.hf_folder import INDEX_FILE, FolderSource
+from folovllm.model_executor.model_loader.hf_folder import INDEX_FILE, QUANTIZE_FILE, FolderSource
 from folovllm.model_executor.model_loader.source import ALTERNATIVES, ModelSource
 
 SMALL_FILES = [
     "config.json",
     "generation_config.json",
+    QUANTIZE_FILE,
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",

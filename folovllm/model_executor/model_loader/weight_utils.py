@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +11,10 @@ from torch import nn
 # Long enough to look random, prime so that no row length divides it and no two rows are alike.
 _NOISE_LENGTH = 1_000_003
 _SCALE = 0.02
+
+
+class InvalidTensor(ValueError):
+    """Raised by weight loaders: the shape is right, but the type or the numbers cannot be used."""
 
 
 def default_weight_loader(param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
@@ -30,13 +35,17 @@ def initialize_dummy_weights(model: nn.Module, seed: int = 0) -> None:
     Matrices get uniform noise in [-0.02, 0.02), vectors called "...norm.weight" ones plus that noise, integer
     tensors zeros. The noise is drawn once per parameter on the CPU and repeated, so that large models take
     seconds and every device and dtype has the same weights up to rounding (vLLM: same name, drawn on the
-    device).
+    device). A parameter that has an attribute `fill_dummy` is left to `fill_dummy(param, generator)`.
     """
     for name, param in model.named_parameters():
+        generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
+        fill: Any = getattr(param, "fill_dummy", None)
+        if fill is not None:
+            fill(param, generator)
+            continue
         if not param.dtype.is_floating_point:
             param.zero_()
             continue
-        generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
         length = min(param.numel(), _NOISE_LENGTH)
         noise = (torch.rand(length, generator=generator) * 2 - 1) * _SCALE
         if name.endswith("norm.weight"):

@@ -20,17 +20,24 @@ if TYPE_CHECKING:
 
 PTR, I64, INT, F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
-_POINTERS = (
-    *("input_norm", "post_norm", "q_norm", "k_norm"),
-    *("qkv", "qkv_bias", "o", "o_bias", "gate_up", "gate_up_bias", "down", "down_bias"),
-    *("cos_sin", "kv_cache"),
-)
+NORMS = ("input_norm", "post_norm", "q_norm", "k_norm")
+PROJECTIONS = ("qkv", "o", "gate_up", "down")
+
+
+class _WeightArguments(ctypes.Structure):
+    """weight_t."""
+
+    _fields_ = [*[(name, PTR) for name in ("w", "bias", "scales", "zeros")], ("group", I64)]
 
 
 class _LayerArguments(ctypes.Structure):
     """layer_t."""
 
-    _fields_ = [(name, PTR) for name in _POINTERS]
+    _fields_ = [
+        *[(name, PTR) for name in NORMS],
+        *[(name, _WeightArguments) for name in PROJECTIONS],
+        *[(name, PTR) for name in ("cos_sin", "kv_cache")],
+    ]
 
 
 class _DecoderArguments(ctypes.Structure):
@@ -61,10 +68,13 @@ class CPUDecoder:
     def __init__(self, model: LlamaModel, layers: list[Layer]) -> None:
         """Only if `takes` says so."""
         self._caches = [layer.attn.kv_cache for layer in layers]
-        self._tensors = [_tensors_of(layer) for layer in layers]  # kept: the structures hold bare addresses
-        self._layers = (_LayerArguments * len(layers))(
-            *[_LayerArguments(*[_address(tensors[name]) for name in _POINTERS]) for tensors in self._tensors]
-        )
+        self._kept = [_tensors_of(layer) for layer in layers]  # the structures hold bare addresses
+        self._layers = (_LayerArguments * len(layers))()
+        for arguments, layer, tensors in zip(self._layers, layers, self._kept, strict=True):
+            for name, tensor in tensors.items():
+                setattr(arguments, name, _address(tensor))
+            for name in PROJECTIONS:
+                setattr(arguments, name, _weight_arguments(layer.cpu_weights[name]))
         first, attention, cache = layers[0], layers[0].attn, layers[0].attn.kv_cache
         norm: Any = model.norm
         self._arguments = _DecoderArguments(
@@ -72,7 +82,7 @@ class CPUDecoder:
             final_norm=_address(norm.weight),
             num_layers=len(layers),
             E=norm.weight.numel(),
-            I=first.down_weights[0].shape[1],
+            I=first.cpu_weights["down"].num_inputs,
             H=attention.num_heads,
             Hkv=attention.num_kv_heads,
             D=attention.head_size,
@@ -89,10 +99,10 @@ class CPUDecoder:
     def takes(layers: list[Layer], metadata: PagedMetadata) -> bool:
         """Whether there is a kernel here, and it does these layers and all of the step's attention."""
         attention = layers[0].attn
-        if metadata.decode_groups or metadata.prefill_chunks or not layers[0].uses_cpu_kernel:
+        if metadata.decode_groups or metadata.prefill_chunks or not layers[0].cpu_weights:
             return False
         usable = cpu_kernels.prefill_usable(attention.kv_cache.dtype, attention.head_size)
-        return usable and all(layer.uses_cpu_kernel for layer in layers)
+        return usable and all(layer.cpu_weights for layer in layers)
 
     def is_stale(self, layers: list[Layer]) -> bool:
         """Whether the layers have been given other caches since."""
@@ -117,6 +127,13 @@ class CPUDecoder:
         return out
 
 
+def _weight_arguments(weight: cpu_kernels.CPUWeight) -> _WeightArguments:
+    tensors = [weight.weight, weight.bias, weight.scales, weight.zeros]
+    assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+    group = 0 if weight.scales is None else weight.num_inputs // weight.scales.shape[1]
+    return _WeightArguments(*[_address(tensor) for tensor in tensors], group)
+
+
 def _tensors_of(layer: Layer) -> dict[str, torch.Tensor | None]:
     tensors = {
         "input_norm": layer.input_norm.weight,
@@ -126,8 +143,6 @@ def _tensors_of(layer: Layer) -> dict[str, torch.Tensor | None]:
         "cos_sin": layer.cos_sin_cache,
         "kv_cache": layer.attn.kv_cache,
     }
-    for name in ("qkv", "o", "gate_up", "down"):
-        tensors[name], tensors[f"{name}_bias"] = getattr(layer, f"{name}_weights")
     for name, tensor in tensors.items():
         assert tensor is None or name == "kv_cache" or tensor.is_contiguous()
         assert tensor is None or tensor.dtype == torch.bfloat16

@@ -30,7 +30,7 @@ from folovllm.model_executor.layers.attention import Attention
 from folovllm.model_executor.layers.fused_ops import qk_norm_rope_write_kv, rms_norm, silu_and_mul
 from folovllm.model_executor.layers.layernorm import RMSNorm
 from folovllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from folovllm.model_executor.models.cpu_decoder import CPUDecoder
+from folovllm.model_executor.models.cpu_decoder import PROJECTIONS, CPUDecoder
 from folovllm.utils import cpu_kernels
 
 if TYPE_CHECKING:
@@ -204,6 +204,7 @@ class Layer:
         # Without biases, as the shapes of batch_linear.MEASURED were.
         self.is_plain = self.is_unquantized and all(bias is None for _, bias in weights)
         self.uses_cpu_kernel = self.is_unquantized and all(method.uses_cpu_kernel for method in methods)
+        self.cpu_weights = _cpu_weights(attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
 
 
 def _product(projection: LinearBase) -> tuple[Callable[[torch.Tensor], torch.Tensor], tuple[Any, Any]]:
@@ -214,6 +215,13 @@ def _product(projection: LinearBase) -> tuple[Callable[[torch.Tensor], torch.Ten
         # The product that the method comes to, without its way there: a prompt has 112 of them.
         return partial(torch.mm, mat2=weight.t()), (weight, bias)
     return projection.forward, (weight, bias)
+
+
+def _cpu_weights(*projections: LinearBase) -> dict[str, cpu_kernels.CPUWeight]:
+    """Return the weights of qkv, o, gate_up, down for models/cpu_decoder.py; none unless it can take all."""
+    weights = [projection.quant_method.cpu_weight(projection) for projection in projections]
+    named = {name: weight for name, weight in zip(PROJECTIONS, weights, strict=True) if weight is not None}
+    return named if len(named) == len(PROJECTIONS) else {}
 
 
 def _layers_of(model: LlamaModel) -> list[Layer]:

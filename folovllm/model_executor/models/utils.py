@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from folovllm.model_executor.model_loader.loader import describe
-from folovllm.model_executor.model_loader.weight_utils import default_weight_loader
+from folovllm.model_executor.model_loader.weight_utils import InvalidTensor, default_weight_loader
 
 ShardId = int | str
 StackedMapping = Sequence[tuple[str, str, ShardId]]
@@ -34,6 +34,8 @@ class LoadReport:
     """Checkpoint names that belong to no parameter."""
     misshaped: list[str] = field(default_factory=list)
     """Checkpoint names with the reason why they do not fit."""
+    invalid: list[str] = field(default_factory=list)
+    """Checkpoint names with the reason why their contents cannot be used."""
     duplicates: list[str] = field(default_factory=list)
     """Checkpoint names that came more than once."""
 
@@ -43,6 +45,7 @@ class LoadReport:
             "missing": self.missing,
             "unexpected": self.unexpected,
             "of a wrong shape": self.misshaped,
+            "unusable": self.invalid,
             "there twice": self.duplicates,
         }
         lines = [describe(f"tensors are {what}", names) for what, names in problems.items() if names]
@@ -68,7 +71,7 @@ def load_named_weights(
         model: its parameters exist in their final dtype and on their final device. A parameter with a
             `weight_loader` attribute is filled by `weight_loader(param, tensor)`, or `weight_loader(param,
             tensor, shard_id)` for a shard of a fused one; others by `default_weight_loader`. A loader raises
-            ValueError for a wrong shape.
+            ValueError for a wrong shape, InvalidTensor for contents that cannot be used.
         weights: (checkpoint name, CPU tensor); each is dropped before the next is asked for.
         stacked_params_mapping: (fused module, module in the checkpoint, shard id), e.g. ("qkv_proj",
             "q_proj", "q"). Names match whole dotted parts.
@@ -110,7 +113,8 @@ class _NamedWeights:
         target, shard = self._target(name)
         param = self._params.get(target)
         if param is None:
-            self._report.unexpected.append(name)
+            if not self._is_bias_of_nothing(name, tensor):
+                self._report.unexpected.append(name)
             return
         arrived = self._arrived.setdefault(target, set())
         if shard in arrived or None in arrived or (shard is None and arrived):
@@ -121,6 +125,8 @@ class _NamedWeights:
         try:
             loader(param, tensor, *(() if shard is None else (shard,)))
             self._report.num_tensors += 1
+        except InvalidTensor as error:
+            self._report.invalid.append(f"{name} ({error})")
         except ValueError as error:
             self._report.misshaped.append(f"{name} ({error})")
 
@@ -133,6 +139,11 @@ class _NamedWeights:
                 if renamed in self._params:
                     return renamed, shard
         return name, None
+
+    def _is_bias_of_nothing(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether this is a bias of zeros beside a GPTQ weight: AutoGPTQ wrote them for layers that have no bias."""
+        stem, _, last = name.rpartition(".")
+        return last == "bias" and self._target(f"{stem}.qweight")[0] in self._params and not bool(tensor.any())
 
     def _find_missing(self) -> None:
         """Compare what arrived with what each parameter needs; parameters that share storage need it once."""
