@@ -141,7 +141,7 @@ def _run_on_cpu(
         normed = cpu_kernels.rms_norm(hidden, norm.weight, norm.eps)
         attended = _attend(layer, layer.qkv_proj(normed), positions, attn_metadata, pdl=False)
         norm = layer.post_norm
-        if layer.uses_cpu_kernel:
+        if layer.is_unquantized and layer.cpu_weights:
             cpu_kernels.linear(attended, *layer.o_weights, residual=hidden)  # adds to hidden in place
             normed = cpu_kernels.rms_norm(hidden, norm.weight, norm.eps)
             activated = cpu_kernels.linear_silu_and_mul(normed, *layer.gate_up_weights)
@@ -203,7 +203,6 @@ class Layer:
         weights = (self.qkv_weights, self.o_weights, self.gate_up_weights, self.down_weights)
         # Without biases, as the shapes of batch_linear.MEASURED were.
         self.is_plain = self.is_unquantized and all(bias is None for _, bias in weights)
-        self.uses_cpu_kernel = self.is_unquantized and all(method.uses_cpu_kernel for method in methods)
         self.cpu_weights = _cpu_weights(attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
 
 
