@@ -1,8 +1,8 @@
 """A decode step's attention of one layer on the CPU: the paged backend beside gathering one request at a time.
 
 SmolLM2-135M's shape, bfloat16, contexts of different lengths. "one at a time" gathers a request's pages and attends
-with the same library call, request after request; "torch" is the paged backend's gather in groups, "kernel" its C kernel,
-which gathers nothing. They take turns; medians:
+with the same library call, request after request; "torch" is the paged backend's gather in groups; "kernel" is its C
+kernel, which gathers nothing. They take turns; medians:
 
     python -m tests.benchmark.paged_attention [--pairs 20]
 """
