@@ -84,8 +84,9 @@ def find_longest_cache_hit(
     ends the search.
     """
     hits: list[KVCacheBlock] = []
-    for index in range(min(max_num_blocks, len(block_hashes))):
-        block = block_map.get_one_block(make_block_hash_with_group_id(block_hashes[index], group_id))
+    get_one_block = block_map.get_one_block
+    for block_hash in block_hashes[:max_num_blocks]:
+        block = get_one_block(make_block_hash_with_group_id(block_hash, group_id))
         if block is None:
             break
         hits.append(block)

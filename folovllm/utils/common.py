@@ -90,7 +90,7 @@ def _encode(obj: Any, out: bytearray) -> None:
     elif isinstance(obj, (tuple, list)):
         out += (b"t" if isinstance(obj, tuple) else b"l") + struct.pack("<Q", len(obj))
         # A block of token ids is the common case: one pack call instead of one per id.
-        packed = _pack_ints(obj)
+        packed = pack_ints(obj)
         if packed is not None:
             out += b"*" + packed
         else:
@@ -100,7 +100,7 @@ def _encode(obj: Any, out: bytearray) -> None:
         raise TypeError(f"cannot hash a {type(obj).__name__}; use tuples, lists, ints, floats, str, bytes or None")
 
 
-def _pack_ints(items: Sequence[Any]) -> bytes | None:
+def pack_ints(items: Sequence[Any]) -> bytes | None:
     """Return `items` as 8 bytes each if they are all ints (not bools) of 64 bits, else None."""
     if set(map(type, items)) != {int}:
         return None
@@ -132,7 +132,7 @@ def sha256_blocks(parent: bytes, token_ids: Sequence[int], block_size: int) -> l
         token_ids: a last part shorter than a block is left out.
     """
     num_tokens = len(token_ids) // block_size * block_size
-    packed = _pack_ints(token_ids[:num_tokens])
+    packed = pack_ints(token_ids[:num_tokens])
     digests: list[bytes] = []
     if packed is None:  # not plain ints: the slow way
         for start in range(0, num_tokens, block_size):

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given
 
 import folovllm.core.kv_cache_utils as kv_cache_utils
 from folovllm.core.kv_cache_utils import (
@@ -369,6 +371,41 @@ def test_a_chain_of_blocks_hashed_at_once_equals_block_by_block(tokens: list[int
             last = sha256((last, tuple(tokens[start : start + 16]), None))
             expected.append(last)
         assert sha256_blocks(parent, tokens, 16) == expected
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.integers(0, 80), st.lists(st.integers(0, 2), max_size=40)),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_recent_chains_give_the_hashes_of_a_chain_made_anew(prompts: list[tuple[int, int, list[int]]]) -> None:
+    chains = kv_cache_utils.RecentChains(4, max_chains=2)
+    for family, shared, rest in prompts:
+        tokens = [family * 100 + i for i in range(shared)] + rest + [1] * 4
+        assert chains.hash_prompt(tokens) == sha256_blocks(kv_cache_utils.NONE_HASH, tokens, 4)
+    assert chains.hash_prompt([True] * 9) == sha256_blocks(kv_cache_utils.NONE_HASH, [True] * 9, 4)
+
+
+def test_recent_chains_hash_a_shared_prefix_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[int] = []
+
+    def counting(parent: bytes, token_ids: list[int], block_size: int) -> list[bytes]:
+        hashed.append(len(token_ids) // block_size)
+        return sha256_blocks(parent, token_ids, block_size)
+
+    monkeypatch.setattr(kv_cache_utils, "sha256_blocks", counting)
+    chains = kv_cache_utils.RecentChains(4, max_chains=2)
+    prefix = list(range(40))
+    chains.hash_prompt([*prefix, 7, 7, 7, 7])
+    chains.hash_prompt([*prefix, 8, 8, 8, 8, 8])
+    chains.hash_prompt(prefix[:20])
+    assert hashed == [11, 1, 0]
+    monkeypatch.setattr(kv_cache_utils, "NONE_HASH", b"another engine's")
+    assert chains.hash_prompt(prefix) == sha256_blocks(b"another engine's", prefix, 4)
+    chains.hash_prompt([9] * 8)  # the third family: the one not used for longest is forgotten
+    assert len(chains._chains) == 2
 
 
 @pytest.mark.parametrize("salt", [None, "salt"])
