@@ -15,12 +15,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from folovllm.metrics.stats import EngineCoreEvent, SchedulerStats
 from folovllm.request import EngineCoreRequest, FinishReason
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
-    from folovllm.metrics.stats import EngineCoreEvent, RequestStateStats, SchedulerStats
+    from folovllm.metrics.stats import RequestStateStats
+else:
+    Tensor = Any  # msgspec reads the annotations of what it decodes (engine/serial.py)
 
 __all__ = [
     "EMPTY_MODEL_RUNNER_OUTPUT",
@@ -64,11 +68,11 @@ class LogprobsLists(NamedTuple):
 class LogprobsTensors(NamedTuple):
     """The same as LogprobsLists, as tensors on any device: int64 / int32, float32, int64 / int32."""
 
-    logprob_token_ids: torch.Tensor
+    logprob_token_ids: Tensor
     """[n, k + 1]."""
-    logprobs: torch.Tensor
+    logprobs: Tensor
     """[n, k + 1]."""
-    selected_token_ranks: torch.Tensor
+    selected_token_ranks: Tensor
     """[n]."""
     extra: Any = None
     """Unused; keeps vLLM's arity."""
@@ -122,8 +126,11 @@ class PendingOutput(ABC):
 EMPTY_MODEL_RUNNER_OUTPUT = ModelRunnerOutput(req_ids=[], req_id_to_index={}, sampled_token_ids=[])
 
 
-class EngineCoreOutput(msgspec.Struct, gc=False):
-    """What one request got in one step. A Struct: made in a quarter of a dataclass's time, 256 times per step."""
+class EngineCoreOutput(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
+    """What one request got in one step. A Struct: made in a quarter of a dataclass's time, 256 times per step.
+
+    Encoded without its field names, and without the defaults at its end.
+    """
 
     request_id: str
     """Internal id."""
@@ -186,9 +193,9 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     """Per token: id -> Logprob."""
     finish_reason: str | None = None
-    """"stop", "length" or "abort"; None while it goes on."""
+    """"stop", "length", "abort" or "error"; None while it goes on."""
     stop_reason: int | str | None = None
-    """The stop string or token id that ended it; None for EOS."""
+    """The stop string or token id that ended it; None for EOS. What went wrong, for "error"."""
 
     def finished(self) -> bool:
         """Return whether this sample has ended."""

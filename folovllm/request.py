@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import islice
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from folovllm.metrics.stats import EngineCoreEvent, EngineCoreEventType
 from folovllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from folovllm.core.sched.grammar import Grammar
 
 
 class FinishReason(IntEnum):
@@ -22,6 +25,8 @@ class FinishReason(IntEnum):
     """max_tokens or max_model_len reached."""
     ABORT = 2
     """Ended from outside, or could not go on."""
+    ERROR = 3
+    """Could not be done as asked; the output's stop_reason says why."""
 
     def __str__(self) -> str:
         return self.name.lower()
@@ -31,12 +36,14 @@ class RequestStatus(IntEnum):
     """Where a request stands. Everything after PREEMPTED is finished."""
 
     WAITING = 0
-    RUNNING = 1
-    PREEMPTED = 2
-    FINISHED_STOPPED = 3
-    FINISHED_LENGTH_CAPPED = 4
-    FINISHED_ABORTED = 5
-    FINISHED_IGNORED = 6
+    WAITING_FOR_GRAMMAR = 1
+    RUNNING = 2
+    PREEMPTED = 3
+    FINISHED_STOPPED = 4
+    FINISHED_LENGTH_CAPPED = 5
+    FINISHED_ABORTED = 6
+    FINISHED_IGNORED = 7
+    FINISHED_ERROR = 8
 
     def __str__(self) -> str:
         return self.name
@@ -60,6 +67,7 @@ _FINISH_REASONS = {
     RequestStatus.FINISHED_LENGTH_CAPPED: FinishReason.LENGTH,
     RequestStatus.FINISHED_ABORTED: FinishReason.ABORT,
     RequestStatus.FINISHED_IGNORED: FinishReason.LENGTH,
+    RequestStatus.FINISHED_ERROR: FinishReason.ERROR,
 }
 
 
@@ -175,6 +183,8 @@ class Request:
         # Tokens taken from the prefix cache at first admission; -1 until then.
         self.num_cached_tokens = -1
         self.num_preemptions = 0
+        # Where it stands in what its text must look like; None where that is free, or not compiled yet.
+        self.grammar: Grammar | None = None
         # Not taken by an output yet; only a scheduler with log_stats records any.
         self.events: list[EngineCoreEvent] | None = None
         self.block_hashes: list[Any] = []

@@ -7,6 +7,7 @@ Processor before the request is queued.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
@@ -19,6 +20,9 @@ SAMPLING_EPS = 1e-5
 MAX_N = 1024
 MAX_STOPS = 256
 MAX_SEED = 2**63 - 1
+MAX_GRAMMAR_BYTES = 1 << 16
+"""Most bytes of a JSON schema, regex, grammar, or of all choices together."""
+MAX_CHOICES = 4096
 
 
 class SamplingType(IntEnum):
@@ -37,6 +41,59 @@ class RequestOutputKind(Enum):
     """Only what is new."""
     FINAL_ONLY = 2
     """Nothing until the request has finished, then everything."""
+
+
+@dataclass
+class StructuredOutputsParams:
+    """What the text must look like: exactly one of these (vLLM: `sampling_params.py`).
+
+    Raises:
+        ValueError: none or several given, one of the wrong type, empty or too large. What it says is checked when the
+            request is made (structured_output/).
+    """
+
+    json: str | dict[str, Any] | None = None
+    """JSON of this schema, a dict or its text."""
+    regex: str | None = None
+    """Text that this regular expression matches as a whole."""
+    choice: list[str] | None = None
+    """One of these texts."""
+    grammar: str | None = None
+    """Text of this grammar, in EBNF as llama.cpp writes it (GBNF): its first rule is `root ::= ...`."""
+    json_object: bool | None = None
+    """True: any JSON object."""
+
+    def __post_init__(self) -> None:
+        names = [name for name, value in vars(self).items() if value is not None and value is not False]
+        if len(names) != 1:
+            raise ValueError(
+                f"structured_outputs: give exactly one of {', '.join(vars(self))}, not {', '.join(names) or 'none'}."
+            )
+        (name,) = names
+        value = getattr(self, name)
+        if name == "json_object":
+            check_bool("structured_outputs.json_object", value)
+            self.json_object = True
+            return
+        if name == "choice":
+            self.choice = value = _as_list("structured_outputs.choice", value, str)
+            if not 1 <= len(value) <= MAX_CHOICES or not all(value):
+                raise ValueError(f"structured_outputs.choice must hold 1 to {MAX_CHOICES} non-empty strings.")
+        elif not isinstance(value, str) and not (name == "json" and isinstance(value, dict)):
+            raise ValueError(f"structured_outputs.{name}={value!r:.80} must be a str{' or dict' * (name == 'json')}.")
+        self._check_size(name, value)
+
+    @staticmethod
+    def _check_size(name: str, value: Any) -> None:
+        try:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            num_bytes = len(text.encode())
+        except (TypeError, ValueError, RecursionError) as error:  # no JSON, or half of a surrogate pair
+            raise ValueError(f"structured_outputs.{name}: {error}.") from error
+        if not 0 < num_bytes <= MAX_GRAMMAR_BYTES:
+            raise ValueError(
+                f"structured_outputs.{name} has {num_bytes} bytes; 1 to {MAX_GRAMMAR_BYTES} are allowed. Shorten it."
+            )
 
 
 @dataclass
@@ -96,6 +153,8 @@ class SamplingParams:
     """Only these tokens may be drawn."""
     bad_words: list[str] | None = None
     """Words that may not be generated; kept as a list."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """What the text must look like; ends where that is complete, so not with ignore_eos."""
     bad_words_token_ids: list[list[int]] | None = field(default=None, repr=False)
     """Derived by update_from_tokenizer."""
     eos_token_id: int | None = field(default=None, repr=False)
@@ -113,6 +172,7 @@ class SamplingParams:
             self.top_k = 0
         self._check_ranges()
         self._check_lists()
+        self._check_structured_outputs()
         if self.logit_bias is not None:
             self.logit_bias = _check_logit_bias(self.logit_bias)
         self.all_stop_token_ids = set(self.all_stop_token_ids) | set(self.stop_token_ids)
@@ -162,6 +222,17 @@ class SamplingParams:
                 raise ValueError(f"{name}={values!r} must hold token ids: ints of at least 0.")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ValueError("allowed_token_ids=[] would forbid every token; leave it None to allow all.")
+
+    def _check_structured_outputs(self) -> None:
+        if self.structured_outputs is None:
+            return
+        if not isinstance(self.structured_outputs, StructuredOutputsParams):
+            raise ValueError(f"structured_outputs={self.structured_outputs!r:.80} must be a StructuredOutputsParams.")
+        if self.ignore_eos:
+            raise ValueError(
+                "ignore_eos=True with structured_outputs is not supported: the output ends where it is complete. "
+                "Leave one of them out."
+            )
 
     @property
     def sampling_type(self) -> SamplingType:
@@ -214,7 +285,7 @@ class SamplingParams:
         """Return an independent deep copy."""
         other = copy.copy(self)
         for name, value in vars(self).items():
-            if isinstance(value, (list, dict, set)):  # all else is immutable
+            if isinstance(value, (list, dict, set, StructuredOutputsParams)):  # all else is immutable
                 setattr(other, name, copy.deepcopy(value))
         return other
 

@@ -6,6 +6,7 @@ import gc
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from folovllm.config import VllmConfig
@@ -15,17 +16,34 @@ from folovllm.core.sched.interface import SchedulerInterface
 from folovllm.core.sched.output import SchedulerOutput
 from folovllm.core.sched.scheduler import Scheduler
 from folovllm.core.sched.traced_scheduler import TracedScheduler
+from folovllm.engine.processor import check_fits
 from folovllm.executor.abstract import Executor
 from folovllm.outputs import EngineCoreOutputs, ModelRunnerOutput, PendingOutput
 from folovllm.request import EngineCoreRequest, Request, RequestStatus
-from folovllm.utils.common import cdiv, get_hash_fn_by_name
+from folovllm.structured_output.manager import StructuredOutputManager
+from folovllm.utils.common import GiB, get_hash_fn_by_name
+
+GRAMMAR_WAIT_S = 0.005
+"""How long a step waits for a grammar, where nothing else is to be done: new requests wait as long."""
 
 
 class EngineCore:
     """Ties scheduler and executor together."""
 
-    def __init__(self, vllm_config: VllmConfig, executor: Executor, log_stats: bool = False) -> None:
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        executor: Executor,
+        log_stats: bool = False,
+        load_tokenizer: Callable[[], Any] | None = None,
+    ) -> None:
         """Size the KV cache for what the executor has left, allocate it, and make the scheduler.
+
+        Args:
+            vllm_config: the checked configuration.
+            executor: started, with the model loaded.
+            log_stats: gather statistics.
+            load_tokenizer: called with the first request for structured output, in another thread; None fails those.
 
         Raises:
             ValueError: the KV cache cannot hold one request of max_model_len tokens, or the step trace cannot be
@@ -42,7 +60,11 @@ class EngineCore:
         self.async_scheduling = executor.prefers_async_scheduling if overlap is None else overlap
         scheduler_cls = AsyncScheduler if self.async_scheduling else Scheduler
         scheduler = scheduler_cls(
-            vllm_config, self.kv_cache_config, block_size=cache_config.block_size, log_stats=log_stats
+            vllm_config,
+            self.kv_cache_config,
+            block_size=cache_config.block_size,
+            log_stats=log_stats,
+            grammar_compiler=StructuredOutputManager(vllm_config, load_tokenizer),
         )
         trace_path = vllm_config.observability_config.step_trace_path
         self.scheduler: SchedulerInterface = scheduler if trace_path is None else TracedScheduler(scheduler, trace_path)
@@ -61,17 +83,7 @@ class EngineCore:
 
     def check_fits(self, request: EngineCoreRequest) -> None:
         """Raise ValueError if the pool could never hold the prompt and one token more."""
-        block_size = self.vllm_config.cache_config.block_size
-        needed, usable = (
-            cdiv(len(request.prompt_token_ids) + 1, block_size),
-            self.kv_cache_config.num_blocks - 1,
-        )
-        if needed > usable:
-            raise ValueError(
-                f"prompt of {len(request.prompt_token_ids)} tokens needs {needed} KV cache blocks of {block_size} "
-                f"tokens, and the cache has {usable}. Shorten it, or raise kv_cache_memory_bytes, "
-                "gpu_memory_utilization or num_gpu_blocks_override."
-            )
+        check_fits(request, self.kv_cache_config.num_blocks, self.vllm_config.cache_config.block_size)
 
     def add_request(self, request: EngineCoreRequest) -> None:
         """Queue a checked request."""
@@ -90,14 +102,23 @@ class EngineCore:
         depth = 2 if self.async_scheduling else 1
         while len(self._in_flight) < depth and self.scheduler.has_requests():
             scheduler_output = self.scheduler.schedule()
-            pending = self.executor.execute_model(scheduler_output, non_block=self.async_scheduling)
-            self._in_flight.append((scheduler_output, pending))
+            self._in_flight.append((scheduler_output, self._launch(scheduler_output)))
             if scheduler_output.total_num_scheduled_tokens == 0:
-                break  # every request waits for a token in flight
+                # Every request waits for a token in flight, or for its grammar.
+                if not any(step.total_num_scheduled_tokens for step, _ in self._in_flight):
+                    self.scheduler.wait_for_grammar(GRAMMAR_WAIT_S)
+                break
         outputs = self._update_oldest()
         while self._in_flight and not self.scheduler.has_unfinished_requests():
             self._update_oldest()  # a step launched for requests that have ended meanwhile: nobody waits for it
         return outputs
+
+    def _launch(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | PendingOutput:
+        if not scheduler_output.structured_output_request_ids:
+            return self.executor.execute_model(scheduler_output, non_block=self.async_scheduling)
+        # The worker asks for the masks when its forward pass is on the way.
+        get_bitmask = partial(self.scheduler.get_grammar_bitmask, scheduler_output)
+        return self.executor.execute_model(scheduler_output, self.async_scheduling, get_bitmask)
 
     def _update_oldest(self) -> EngineCoreOutputs:
         """Wait for the oldest step in flight and let the scheduler take its tokens."""
@@ -106,6 +127,27 @@ class EngineCore:
         scheduler_output, pending = self._in_flight.popleft()
         model_output = pending.get_output() if isinstance(pending, PendingOutput) else pending
         return self.scheduler.update_from_output(scheduler_output, model_output)[0]
+
+    def startup_report(self, front_seconds: dict[str, float]) -> str:
+        """One block of text: model, dtype, backend and why, GiB of weights and KV cache, seconds per phase.
+
+        `front_seconds`: what was done before the executor started -> seconds.
+        """
+        info = self.executor.get_startup_info()
+        config = self.vllm_config
+        phases = front_seconds | info.phase_seconds
+        lines = {
+            "model": f"{config.model_config.model} ({config.model_config.architecture})",
+            "device": info.device,
+            "dtype": info.dtype,
+            "attention": info.attention_backend,
+            "weights": f"{info.weight_bytes / GiB:.2f} GiB",
+            "KV cache": f"{info.kv_cache_bytes / GiB:.2f} GiB, {self.kv_cache_config.num_blocks} blocks of "
+            f"{config.cache_config.block_size} tokens, max_model_len {config.model_config.max_model_len}",
+            "seconds": ", ".join(f"{name} {seconds:.2f}" for name, seconds in phases.items())
+            + f"; total {sum(phases.values()):.2f}",
+        }
+        return "\n".join(["Engine ready.", *(f"  {name:<10} {text}" for name, text in lines.items())])
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached blocks; False if requests still hold some."""

@@ -14,7 +14,6 @@ from folovllm.engine.arg_utils import EngineArgs
 from folovllm.engine.core import EngineCore
 from folovllm.engine.core_client import InprocClient
 from folovllm.engine.output_processor import OutputProcessor
-from folovllm.engine.parallel_sampling import ParentRequest
 from folovllm.engine.processor import Processor, PromptType
 from folovllm.executor.abstract import Executor
 from folovllm.metrics.loggers import LoggingStatLogger
@@ -22,7 +21,7 @@ from folovllm.metrics.stats import IterationStats
 from folovllm.outputs import RequestOutput
 from folovllm.request import EngineCoreRequest
 from folovllm.sampling_params import SamplingParams
-from folovllm.utils.common import GiB, init_logger
+from folovllm.utils.common import init_logger
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,7 +55,8 @@ class LLMEngine:
         self.processor = Processor(vllm_config, tokenizer, generation_config)
         self.output_processor = OutputProcessor(tokenizer, log_stats)
         self.executor = executor
-        self.engine_core = InprocClient(EngineCore(vllm_config, executor, log_stats))
+        load_tokenizer = None if tokenizer is None else lambda: tokenizer
+        self.engine_core = InprocClient(EngineCore(vllm_config, executor, log_stats, load_tokenizer))
         self.stat_logger = LoggingStatLogger() if log_stats else None
         self._front_seconds: dict[str, float] = {}
 
@@ -86,22 +86,7 @@ class LLMEngine:
     @property
     def startup_report(self) -> str:
         """One block of text: model, dtype, backend and why, GiB of weights and KV cache, seconds per phase."""
-        info = self.executor.get_startup_info()
-        config, cache = self.vllm_config, self.engine_core.engine_core.kv_cache_config
-        phases = self._front_seconds | info.phase_seconds
-        block_size = config.cache_config.block_size
-        lines = {
-            "model": f"{config.model_config.model} ({config.model_config.architecture})",
-            "device": info.device,
-            "dtype": info.dtype,
-            "attention": info.attention_backend,
-            "weights": f"{info.weight_bytes / GiB:.2f} GiB",
-            "KV cache": f"{info.kv_cache_bytes / GiB:.2f} GiB, {cache.num_blocks} blocks of {block_size} tokens, "
-            f"max_model_len {config.model_config.max_model_len}",
-            "seconds": ", ".join(f"{name} {seconds:.2f}" for name, seconds in phases.items())
-            + f"; total {sum(phases.values()):.2f}",
-        }
-        return "\n".join(["Engine ready.", *(f"  {name:<10} {text}" for name, text in lines.items())])
+        return self.engine_core.engine_core.startup_report(self._front_seconds)
 
     def process_request(
         self,
@@ -122,18 +107,8 @@ class LLMEngine:
 
     def add_processed_request(self, prompt_text: str | None, request: EngineCoreRequest) -> None:
         """Queue what process_request returned; n > 1 becomes n child requests."""
-        params = request.sampling_params
-        if params.n == 1:
-            self.output_processor.add_request(request, prompt_text)
-            self.engine_core.add_request(request)
-            return
-        parent = ParentRequest(request)
-        children = parent.get_child_requests()
-        # All or none: a refused child must not leave its siblings running.
-        self.output_processor.check_ids_free([child.request_id for child in children])
-        for index, child in enumerate(children):
-            self.output_processor.add_request(child, prompt_text, parent, index)
-            self.engine_core.add_request(child)
+        for core_request in self.output_processor.add_client_request(request, prompt_text):
+            self.engine_core.add_request(core_request)
 
     def add_request(
         self,

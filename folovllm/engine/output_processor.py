@@ -255,6 +255,30 @@ class OutputProcessor:
         if parent_req is not None:
             self.parent_requests[parent_req.request_id] = parent_req
 
+    def add_client_request(
+        self, request: EngineCoreRequest, prompt_text: str | None, queue: RequestOutputCollector | None = None
+    ) -> list[EngineCoreRequest]:
+        """Expect outputs of a client's request; return what the core must get: itself, or for n > 1 its n children.
+
+        Args:
+            request: from the Processor, not split yet.
+            prompt_text: shown in its outputs.
+            queue: see add_request.
+
+        Raises:
+            ValueError: an unfinished request has one of the internal ids; nothing was added.
+        """
+        if request.sampling_params.n == 1:
+            self.add_request(request, prompt_text, queue=queue)
+            return [request]
+        parent = ParentRequest(request)
+        children = parent.get_child_requests()
+        # All or none: a refused child must not leave its siblings running.
+        self.check_ids_free([child.request_id for child in children])
+        for index, child in enumerate(children):
+            self.add_request(child, prompt_text, parent, index, queue)
+        return children
+
     def process_outputs(
         self,
         outputs: list[EngineCoreOutput],
@@ -302,18 +326,26 @@ class OutputProcessor:
             finish_reason, stop_reason = FinishReason.STOP, stop_string
         state.logprobs_processor.update_from_output(output)
 
-        request_output = state.make_request_output(finish_reason, stop_reason)
-        if request_output is not None:
-            if state.queue is not None:
-                state.queue.put(request_output)
-            else:
-                result.request_outputs.append(request_output)
+        if finish_reason == FinishReason.ERROR and state.queue is not None:
+            state.queue.put(ValueError(str(stop_reason)))
+            if state.parent_req is not None:
+                state.parent_req.child_requests.discard(state.request_id)
+        else:
+            self._hand_out(state, state.make_request_output(finish_reason, stop_reason), result)
         if finish_reason is not None:
             self._forget(state)
             if not output.finished:
                 result.reqs_to_abort.append(state.request_id)
             if iteration_stats is not None and state.stats is not None:
                 self._count_finished(state, finish_reason, iteration_stats, state.stats)
+
+    @staticmethod
+    def _hand_out(state: RequestState, output: RequestOutput | None, result: OutputProcessorOutput) -> None:
+        """Put an output into the request's queue, or where it has none into `result`."""
+        if output is not None and state.queue is not None:
+            state.queue.put(output)
+        elif output is not None:
+            result.request_outputs.append(output)
 
     def _count_finished(
         self, state: RequestState, reason: FinishReason, iteration: IterationStats, stats: RequestStateStats
@@ -328,7 +360,9 @@ class OutputProcessor:
         )
         ParentRequest.observe_finished_request(state.parent_req, iteration, stats.num_generation_tokens)
 
-    def abort_requests(self, ids: Iterable[str], internal: bool = False) -> list[str]:
+    def abort_requests(
+        self, ids: Iterable[str], internal: bool = False, iteration_stats: IterationStats | None = None
+    ) -> list[str]:
         """Forget requests; return their internal ids, which the core must abort too. Unknown ids are ignored.
 
         Requests with a queue get a last output with finish_reason "abort"; others get none.
@@ -336,6 +370,7 @@ class OutputProcessor:
         Args:
             ids: ids of requests; one that stands for several (n > 1) ends them all.
             internal: whether they are internal ids (of children or parents) rather than the clients' own.
+            iteration_stats: gets their summaries; None counts nothing.
         """
         internal_ids: list[str] = []
         for request_id in ids:
@@ -354,8 +389,22 @@ class OutputProcessor:
             if state.queue is not None and request_output is not None:
                 state.queue.put(request_output)
             self._forget(state)
+            if iteration_stats is not None and state.stats is not None:
+                self._count_finished(state, FinishReason.ABORT, iteration_stats, state.stats)
             aborted.append(request_id)
         return aborted
+
+    def fail_requests(self, request_ids: Iterable[str], error: Exception) -> None:
+        """Forget requests, given by internal ids, and raise `error` in their readers. Unknown ids are ignored."""
+        for request_id in request_ids:
+            state = self.request_states.get(request_id)
+            if state is None:
+                continue
+            if state.queue is not None:
+                state.queue.put(error)
+            if state.parent_req is not None:
+                state.parent_req.child_requests.discard(request_id)
+            self._forget(state)
 
     def propagate_error(self, error: Exception) -> None:
         """Raise `error` in every waiting reader: the engine cannot go on."""

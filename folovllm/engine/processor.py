@@ -7,6 +7,7 @@ refused here, before anything is queued.
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,9 @@ from typing import Any, TypeAlias
 
 from folovllm.config import VllmConfig
 from folovllm.request import EngineCoreRequest
-from folovllm.sampling_params import SamplingParams
+from folovllm.sampling_params import SamplingParams, StructuredOutputsParams
+from folovllm.structured_output.backend_xgrammar import validate
+from folovllm.utils.common import cdiv
 
 PromptType: TypeAlias = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or a dict of PROMPT_KEYS; see Processor.process_inputs."""
@@ -28,6 +31,20 @@ DEFAULT_PARAMS = {
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
+
+
+def check_fits(request: EngineCoreRequest, num_blocks: int, block_size: int) -> None:
+    """Raise ValueError if a pool of `num_blocks` blocks, the null block included, could never hold the request.
+
+    Of a request at least the prompt and one token more must fit.
+    """
+    needed, usable = cdiv(len(request.prompt_token_ids) + 1, block_size), num_blocks - 1
+    if needed > usable:
+        raise ValueError(
+            f"prompt of {len(request.prompt_token_ids)} tokens needs {needed} KV cache blocks of {block_size} "
+            f"tokens, and the cache has {usable}. Shorten it, or raise kv_cache_memory_bytes, "
+            "gpu_memory_utilization or num_gpu_blocks_override."
+        )
 
 
 class Processor:
@@ -222,8 +239,10 @@ class Processor:
             self._check_token_ids(name, getattr(params, name) or (), "Remove it.")
         for name in ("logprobs", "prompt_logprobs"):
             self._check_num_logprobs(name, getattr(params, name))
+        if params.structured_outputs is not None and self.tokenizer is not None:
+            params.structured_outputs = _checked_structured_outputs(params.structured_outputs)
         if self.tokenizer is None:
-            for name in ("stop", "bad_words"):
+            for name in ("stop", "bad_words", "structured_outputs"):
                 if getattr(params, name):
                     raise ValueError(
                         f"{name}={getattr(params, name)!r} needs a tokenizer, and the engine has none "
@@ -258,6 +277,18 @@ class Processor:
                 self._check_token_ids("bad_words", ids, "Is this the model's own tokenizer?")
         if params.seed is None:
             params.seed = self._seeds.getrandbits(63)
+
+
+def _checked_structured_outputs(params: StructuredOutputsParams) -> StructuredOutputsParams:
+    """Return a copy whose schema is text; ValueError if it cannot be compiled, which takes milliseconds to find out.
+
+    The first time seconds: xgrammar is imported.
+    """
+    params = dataclasses.replace(params)
+    validate(params)
+    if isinstance(params.json, dict):
+        params.json = json.dumps(params.json)
+    return params
 
 
 def _checked_copy(params: SamplingParams) -> SamplingParams:

@@ -66,7 +66,8 @@ class LLM:
             priority: one number per prompt, smaller first; only with scheduling_policy="priority".
 
         Raises:
-            ValueError: a prompt or parameter is wrong. All are checked before any work starts.
+            ValueError: a prompt or parameter is wrong; all are checked before any work starts. Or a request for
+                structured output could not be done: then all others have been.
         """
         prompt_list = _as_prompt_list(prompts)
         params_list = self._as_params_list(sampling_params, len(prompt_list))
@@ -201,7 +202,12 @@ class LLM:
         except BaseException:
             self.llm_engine.abort_request([i for i in request_ids if i not in finished])
             raise
-        return [finished[request_id] for request_id in request_ids]
+        outputs = [finished[request_id] for request_id in request_ids]
+        for i, output in enumerate(outputs):
+            for sample in output.outputs:
+                if sample.finish_reason == "error":
+                    raise ValueError(f"prompt {i} of {num_requests}: {sample.stop_reason}")
+        return outputs
 
 
 def _as_prompt_list(prompts: PromptType | Sequence[PromptType]) -> list[PromptType]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 from folovllm.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from folovllm.outputs import ModelRunnerOutput, PendingOutput
@@ -25,8 +27,16 @@ class Executor(ABC):
         """Allocate the KV cache; raises ValueError if the memory is not there."""
 
     @abstractmethod
-    def execute_model(self, scheduler_output: object, non_block: bool = False) -> ModelRunnerOutput | PendingOutput:
+    def execute_model(
+        self,
+        scheduler_output: object,
+        non_block: bool = False,
+        get_grammar_output: Callable[[], Any] | None = None,
+    ) -> ModelRunnerOutput | PendingOutput:
         """Run one step: a core.sched.output.SchedulerOutput in, sampled tokens out.
+
+        `get_grammar_output` comes with a step that has structured output: called once, before sampling, it returns the
+        core.sched.output.GrammarOutput.
 
         With `non_block`, return as soon as the step is launched: PendingOutput.get_output() waits for its tokens.
         The next step may be launched before that; outputs must be fetched in the order of the steps.

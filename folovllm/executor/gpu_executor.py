@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from folovllm.config import VllmConfig
@@ -11,7 +12,7 @@ from folovllm.outputs import ModelRunnerOutput, PendingOutput
 from folovllm.worker.worker_base import StartupInfo, WorkerBase, resolve_device
 
 if TYPE_CHECKING:
-    from folovllm.core.sched.output import SchedulerOutput
+    from folovllm.core.sched.output import GrammarOutput, SchedulerOutput
     from folovllm.model_executor.model_loader.source import ModelSource
 
 
@@ -38,10 +39,13 @@ class UniProcExecutor(Executor):
         self.worker.initialize_from_config(kv_cache_configs[0])
 
     def execute_model(  # type: ignore[override]
-        self, scheduler_output: SchedulerOutput, non_block: bool = False
+        self,
+        scheduler_output: SchedulerOutput,
+        non_block: bool = False,
+        get_grammar_output: Callable[[], GrammarOutput] | None = None,
     ) -> ModelRunnerOutput | PendingOutput:
         """See Executor."""
-        return self.worker.execute_model(scheduler_output, non_block)
+        return self.worker.execute_model(scheduler_output, non_block, get_grammar_output)
 
     @property
     def prefers_async_scheduling(self) -> bool:

@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 import torch
 
 from folovllm.sample.logits_processor.interface import LogitsProcessors
+from folovllm.sample.ops.grammar_mask import GrammarMask
 
 
 @dataclass
 class SamplingMetadata:
     """Sampling parameters of B requests, in batch order; tensors lie on the device of the logits.
 
-    InputBatch builds it anew when the batch changes and not otherwise; between changes only `positions` (set
-    by the model runner every step) and the lists in `output_token_ids` move on. Use keywords: the order is
-    vLLM's.
+    InputBatch builds it anew when the batch changes and not otherwise; between changes only `positions` and
+    `grammar_mask` (set by the model runner every step) and the lists in `output_token_ids` move on. Use keywords: the
+    order is vLLM's.
     """
 
     temperature: torch.Tensor | None
@@ -55,3 +56,5 @@ class SamplingMetadata:
     from torch's default generator for rows without one."""
     positions: torch.Tensor | None = None
     """[B] int64: index of the token being drawn, that is, how many tokens come before it."""
+    grammar_mask: GrammarMask | None = None
+    """Which tokens the grammars of this step's rows allow; None where no row has one. Set every step."""

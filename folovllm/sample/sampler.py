@@ -3,6 +3,7 @@
     logits [B, V] --(raw log probabilities, if asked for)
       -> forbid: allowed token ids, bad words   } may change which token is best
       -> min tokens, logit bias, penalties      }
+      -> grammar: last, so that it always holds }
       -> greedy rows: argmax, done
       -> temperature -> min-p -> top-k, top-p -> draw
 
@@ -22,6 +23,7 @@ from torch import nn
 from folovllm.outputs import SamplerOutput
 from folovllm.sample.metadata import SamplingMetadata
 from folovllm.sample.ops.bad_words import apply_bad_words
+from folovllm.sample.ops.grammar_mask import apply_grammar_mask, mark_dead_rows
 from folovllm.sample.ops.logprobs import compute_logprobs, gather_logprobs
 from folovllm.sample.ops.penalties import apply_all_penalties
 from folovllm.sample.ops.topk_topp import apply_top_k_top_p_pytorch, restricted_rows, select_candidates
@@ -47,7 +49,8 @@ class Sampler(nn.Module):
 
         Returns:
             Token ids [B, 1] int64. Log probabilities, where a row wants them, are those of the logits as
-            given, before any processing. A row in which every token is forbidden gets an arbitrary token.
+            given, before any processing. A row in which every token is forbidden gets NO_TOKEN where it has a
+            grammar, else an arbitrary token.
 
         Raises:
             ValueError: random rows have seeds but no positions.
@@ -56,10 +59,15 @@ class Sampler(nn.Module):
         raw_logprobs = None if num_logprobs is None else compute_logprobs(logits)
         logits = logits.to(torch.float32)
         logits = self.apply_logits_processors(logits, sampling_metadata)
+        mask = sampling_metadata.grammar_mask
+        if mask is not None:
+            apply_grammar_mask(logits, mask)
         sampled = self.sample(logits, sampling_metadata)
         logprobs = None
         if raw_logprobs is not None and num_logprobs is not None:
             logprobs = gather_logprobs(raw_logprobs, num_logprobs, sampled)
+        if mask is not None:
+            sampled = mark_dead_rows(sampled, logits, mask)
         return SamplerOutput(sampled_token_ids=sampled.unsqueeze(-1), logprobs_tensors=logprobs)
 
     @staticmethod

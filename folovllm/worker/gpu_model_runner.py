@@ -23,10 +23,12 @@ from folovllm.attention.backends.paged_triton import TritonPagedBackend, TritonP
 from folovllm.attention.triton_prefill import build_tiles
 from folovllm.config import VllmConfig
 from folovllm.kv_cache_interface import KVCacheConfig
+from folovllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from folovllm.model_executor.models.fused_decoder import supports_pdl
 from folovllm.outputs import LogprobsTensors, PendingOutput
 from folovllm.sample.metadata import SamplingMetadata
 from folovllm.sample.ops.fused_sampler import can_sample_on_device, sample_tokens
+from folovllm.sample.ops.grammar_mask import GrammarMask, apply_grammar_mask
 from folovllm.utils.common import cdiv
 from folovllm.worker.block_table import PADDING_SLOT
 from folovllm.worker.cuda_graph import MAX_CHUNKS, PROMPT_SIZES, SAMPLING_KINDS, StepGraphs
@@ -35,7 +37,7 @@ from folovllm.worker.step_in_flight import NO_WATCH, NothingToCompute, StepWatch
 from folovllm.worker.step_inputs import StepInputs
 
 if TYPE_CHECKING:
-    from folovllm.core.sched.output import SchedulerOutput
+    from folovllm.core.sched.output import GrammarOutput, SchedulerOutput
     from folovllm.model_executor.model_loader.source import ModelSource
 
 GRAPH_OVERHEAD_BYTES = 2 << 20
@@ -46,6 +48,10 @@ COMPILE_THREADS = 12
 """Kernels compiled at a time at the start."""
 SIZES_OF_THEIR_OWN_KERNELS = (1, 2, 16, 24, 64, 128, 256)
 """Decode sizes that together use every kernel: one for each tile of the products and of attention."""
+QUANTIZED_SIZES_OF_THEIR_OWN_KERNELS = (512, 1024)
+"""Prompt sizes with tiles of their own where layers are quantized."""
+FULL_SHARE = 0.95
+"""Of the rows of a recorded prompt step that must be tokens if the device is the slower one."""
 PDL_MAX_DECODES = 16
 """In larger batches starting the next kernel early slows attention down (docs/dev/milestone_4.md)."""
 
@@ -67,6 +73,7 @@ class GPUModelRunner(ModelRunner):
         self._top_p: torch.Tensor
         self._seeds: torch.Tensor
         self._sampling_version = -1
+        self._free_padding_tokens = 0
 
     @property
     def uses_graphs(self) -> bool:
@@ -109,8 +116,11 @@ class GPUModelRunner(ModelRunner):
             partial(self.launch_decode, size) for size in sizes if size in SIZES_OF_THEIR_OWN_KERNELS
         ]
         jobs += [partial(self.launch_sampling, 1, kind) for kind in SAMPLING_KINDS]
+        jobs.append(self._launch_grammar_mask)
         jobs.append(self._launch_mixed_step)
-        jobs += [partial(self.launch_prompt, size) for size in self.prompt_sizes()[-1:]]
+        prompt_sizes = self.prompt_sizes()
+        own_kernels = QUANTIZED_SIZES_OF_THEIR_OWN_KERNELS if self._is_quantized() else ()
+        jobs += [partial(self.launch_prompt, n) for n in prompt_sizes if n in own_kernels or n == prompt_sizes[-1]]
         with self._scratch_cache(1), ThreadPoolExecutor(COMPILE_THREADS) as pool:
             # The threads' streams do not wait for this one's, which may still be filling what their kernels read.
             torch.cuda.synchronize(self.device)
@@ -120,6 +130,13 @@ class GPUModelRunner(ModelRunner):
             for future in futures:
                 future.result()
             torch.cuda.synchronize(self.device)
+
+    def _launch_grammar_mask(self) -> None:
+        """Launch the masking of a row, with a mask that allows every token."""
+        num_words = cdiv(self._logits.shape[1], 32)
+        rows = torch.zeros(1, dtype=torch.int64, device=self.device)
+        bitmask = torch.full((1, num_words), -1, dtype=torch.int32, device=self.device)
+        apply_grammar_mask(self._logits[:1], GrammarMask(rows, bitmask))
 
     def _launch_mixed_step(self) -> None:
         """Launch a step of a chunk and a decode, both of null requests."""
@@ -149,11 +166,25 @@ class GPUModelRunner(ModelRunner):
         """Return the sizes of prompt steps to record, in tokens.
 
         Only those that the device finishes before the host could have launched them: there the rows that fill a step up
-        to its recorded size cost nothing. They use our own attention also where a library attends to longer ones.
+        to its recorded size cost nothing. Quantized layers have more than twice the launches, so all sizes are recorded
+        for them; the larger ones are used for steps that fill them. Recorded steps use our own attention also where a
+        library attends to longer ones.
         """
-        layers = sum(parameter.numel() for parameter in self.model.model.layers.parameters())
-        limit = min(self.vllm_config.scheduler_config.max_num_batched_tokens, HOST_BOUND_FLOPS // (2 * layers))
+        limit = self.vllm_config.scheduler_config.max_num_batched_tokens
+        if not self._is_quantized():
+            limit = min(limit, self._host_bound_tokens())
         return [size for size in PROMPT_SIZES if size <= limit]
+
+    def _host_bound_tokens(self) -> int:
+        """Return up to how many tokens launching a step one by one takes longer than computing it."""
+        weights = sum(product.input_size * product.output_size for product in self._products())
+        return HOST_BOUND_FLOPS // (2 * weights)
+
+    def _is_quantized(self) -> bool:
+        return any(type(product.quant_method) is not UnquantizedLinearMethod for product in self._products())
+
+    def _products(self) -> list[LinearBase]:
+        return [module for module in self.model.model.layers.modules() if isinstance(module, LinearBase)]
 
     def _max_tiles(self, num_tokens: int) -> int:
         """Return the most query tiles of a recorded prompt step: the last tile of each chunk may be short."""
@@ -181,6 +212,7 @@ class GPUModelRunner(ModelRunner):
         """Record all sizes; the KV cache must be bound."""
         sizes = self.graph_sizes()
         if sizes:
+            self._free_padding_tokens = self._host_bound_tokens()
             self.graphs = StepGraphs(self, sizes, self.prompt_sizes())
             self.graphs.record()
 
@@ -241,7 +273,9 @@ class GPUModelRunner(ModelRunner):
     # A step.
 
     @torch.inference_mode()
-    def execute_model(self, scheduler_output: SchedulerOutput) -> PendingOutput:
+    def execute_model(
+        self, scheduler_output: SchedulerOutput, get_grammar_output: Callable[[], GrammarOutput] | None = None
+    ) -> PendingOutput:
         """See ModelRunner."""
         watch = StepWatch() if self.collect_step_times else NO_WATCH
         self._update_states(scheduler_output)
@@ -268,6 +302,7 @@ class GPUModelRunner(ModelRunner):
             last_rows = metadata.query_start_loc[1:] - 1
             self.model.lm_head.compute_into(self._logits[: layout.num_reqs], hidden[last_rows])
         watch.lap("forward")
+        self.input_batch.sampling_metadata.grammar_mask = self._grammar_mask(get_grammar_output)
         tokens, logprobs = self._draw_tokens(metadata, graph_size)
         step = self._launched(tokens, num_scheduled, logprobs, prompt_logprobs)
         watch.lap("sample")
@@ -280,8 +315,11 @@ class GPUModelRunner(ModelRunner):
             return 0, 0
         if layout.num_tokens == layout.num_reqs:
             return self.graphs.padded_size(layout.num_reqs) or 0, 0
-        only_chunks = layout.num_reqs <= MAX_CHUNKS and int(np.diff(layout.query_start_loc).min()) > 1
-        return 0, (self.graphs.padded_prompt_size(layout.num_tokens) or 0) if only_chunks else 0
+        if layout.num_reqs > MAX_CHUNKS or int(np.diff(layout.query_start_loc).min()) == 1:
+            return 0, 0
+        size = self.graphs.padded_prompt_size(layout.num_tokens) or 0
+        is_worth_it = size <= self._free_padding_tokens or layout.num_tokens >= FULL_SHARE * size
+        return 0, size if is_worth_it else 0
 
     def _send(self, layout: StepLayout, graph_size: int, prompt_size: int) -> AttentionMetadata:
         """Start the copy of the step's inputs; return its metadata (of the eager launch, where there is one)."""
@@ -339,6 +377,8 @@ class GPUModelRunner(ModelRunner):
         if not can_sample_on_device(sampling_metadata):
             tokens, logprobs = self._draw(self._logits[:num_reqs], metadata)
             return sampled.copy_(tokens), logprobs
+        if sampling_metadata.grammar_mask is not None:
+            apply_grammar_mask(self._logits[:num_reqs], sampling_metadata.grammar_mask)
         kind = self._load_sampling_params(sampling_metadata, num_reqs)
         if graph_size:
             assert self.graphs is not None

@@ -19,7 +19,7 @@ import contextlib
 import math
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -34,13 +34,14 @@ from folovllm.model_executor.layers.attention import Attention
 from folovllm.model_executor.layers.quantization import get_quantization_config
 from folovllm.model_executor.model_loader.build import get_model
 from folovllm.outputs import LogprobsTensors, PendingOutput
+from folovllm.sample.ops.grammar_mask import GrammarMask
 from folovllm.sample.sampler import Sampler
 from folovllm.utils.common import cdiv
 from folovllm.worker.input_batch import CachedRequestState, InputBatch
 from folovllm.worker.step_in_flight import NO_WATCH, NothingToCompute, StepInFlight, StepWatch
 
 if TYPE_CHECKING:
-    from folovllm.core.sched.output import CachedRequestData, SchedulerOutput
+    from folovllm.core.sched.output import CachedRequestData, GrammarOutput, SchedulerOutput
     from folovllm.model_executor.model_loader.source import ModelSource
     from folovllm.model_executor.models.llama import LlamaForCausalLM
 
@@ -256,8 +257,13 @@ class ModelRunner:
     # A step.
 
     @torch.inference_mode()
-    def execute_model(self, scheduler_output: SchedulerOutput) -> PendingOutput:
-        """Launch one step; it may be called again before the tokens of the step before have been fetched."""
+    def execute_model(
+        self, scheduler_output: SchedulerOutput, get_grammar_output: Callable[[], GrammarOutput] | None = None
+    ) -> PendingOutput:
+        """Launch one step; it may be called again before the tokens of the step before have been fetched.
+
+        `get_grammar_output` returns the masks of the step's structured output, where it has any.
+        """
         watch = StepWatch() if self.collect_step_times else NO_WATCH
         self._update_states(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens == 0:
@@ -269,6 +275,7 @@ class ModelRunner:
         prompt_logprobs = self._gather_prompt_logprobs(hidden, num_scheduled, metadata)
         logits = self.model.compute_logits(hidden[metadata.query_start_loc[1:].long() - 1])
         watch.lap("forward")
+        self.input_batch.sampling_metadata.grammar_mask = self._grammar_mask(get_grammar_output)
         step = self._sample(logits, num_scheduled, metadata, prompt_logprobs)
         watch.lap("sample")
         step.step_times = watch.times
@@ -434,6 +441,18 @@ class ModelRunner:
         """Draw a token per slot; only those of requests whose tokens are all computed count."""
         tokens, logprobs = self._draw(logits, metadata)
         return self._launched(tokens, num_scheduled, logprobs, prompt_logprobs)
+
+    def _grammar_mask(self, get_grammar_output: Callable[[], GrammarOutput] | None) -> GrammarMask | None:
+        """Return the masks of the step's structured output, with the rows that they are for, on the device."""
+        if get_grammar_output is None:
+            return None
+        output = get_grammar_output()
+        row_of = self.input_batch.req_id_to_index
+        rows = torch.tensor([row_of[req_id] for req_id in output.structured_output_request_ids], dtype=torch.int64)
+        bitmask = torch.from_numpy(output.grammar_bitmask)
+        if self.device.type == "cuda":  # pinned, so that the copies wait for nothing
+            rows, bitmask = (t.pin_memory().to(self.device, non_blocking=True) for t in (rows, bitmask))
+        return GrammarMask(rows, bitmask)
 
     def _draw(self, logits: torch.Tensor, metadata: AttentionMetadata) -> tuple[torch.Tensor, LogprobsTensors | None]:
         """Return a token per slot [B] int64, and the log probabilities that are wanted, on the device."""

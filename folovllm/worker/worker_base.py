@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from folovllm.utils.common import init_logger
 from folovllm.worker.model_runner import ModelRunner
 
 if TYPE_CHECKING:
-    from folovllm.core.sched.output import SchedulerOutput
+    from folovllm.core.sched.output import GrammarOutput, SchedulerOutput
     from folovllm.model_executor.model_loader.source import ModelSource
 
 logger = init_logger(__name__)
@@ -175,10 +175,13 @@ class WorkerBase(ABC):
             self.startup_info.kv_cache_bytes = self.model_runner.initialize_kv_cache(kv_cache_config)
 
     def execute_model(
-        self, scheduler_output: SchedulerOutput, non_block: bool = False
+        self,
+        scheduler_output: SchedulerOutput,
+        non_block: bool = False,
+        get_grammar_output: Callable[[], GrammarOutput] | None = None,
     ) -> ModelRunnerOutput | PendingOutput:
-        """Run one step; with `non_block`, only launch it."""
-        pending = self.model_runner.execute_model(scheduler_output)
+        """Run one step; with `non_block`, only launch it. `get_grammar_output`: see Executor."""
+        pending = self.model_runner.execute_model(scheduler_output, get_grammar_output)
         return pending if non_block else pending.get_output()
 
     def shutdown(self) -> None:

@@ -126,6 +126,7 @@ def test_status() -> None:
         RequestStatus.FINISHED_LENGTH_CAPPED: FinishReason.LENGTH,
         RequestStatus.FINISHED_ABORTED: FinishReason.ABORT,
         RequestStatus.FINISHED_IGNORED: FinishReason.LENGTH,
+        RequestStatus.FINISHED_ERROR: FinishReason.ERROR,
     }
     for status in RequestStatus:
         assert RequestStatus.is_finished(status) is (status in finished)
@@ -137,8 +138,8 @@ def test_status() -> None:
 
 
 def test_finish_reasons_are_openais_words() -> None:
-    assert [str(reason) for reason in FinishReason] == ["stop", "length", "abort"]
-    assert [f"{reason}" for reason in FinishReason] == ["stop", "length", "abort"]
+    assert [str(reason) for reason in FinishReason] == ["stop", "length", "abort", "error"]
+    assert [f"{reason}" for reason in FinishReason] == ["stop", "length", "abort", "error"]
 
 
 def test_constant_list_is_a_read_only_view() -> None:

@@ -8,6 +8,7 @@ counts as a placeholder: the sequence is one token longer than the host knows, a
 token on the device, feeds it to step k+1. What differs from the Scheduler is only this:
 
 - a request is behind by its placeholders too (`_num_uncomputed_tokens`);
+- what may follow under a grammar depends on the token in flight: such a request sits out every other step;
 - a token may turn out to be a stop when the next step is under way already: that step's token is dropped;
 - a preempted request is not admitted again before its last token has arrived.
 """
@@ -40,6 +41,8 @@ class AsyncScheduler(Scheduler):
         """How far a running request is behind, placeholders included; 0 if it will surely end with those."""
         num_tokens = request.num_tokens + request.num_output_placeholders
         if request.num_output_placeholders:
+            if request.grammar is not None:
+                return 0
             max_tokens = request.max_tokens
             num_output_tokens = num_tokens - request.num_prompt_tokens
             if num_tokens >= self.max_model_len or (max_tokens is not None and num_output_tokens >= max_tokens):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
-from folovllm.core.sched.output import SchedulerOutput
+from folovllm.core.sched.output import GrammarOutput, SchedulerOutput
 from folovllm.metrics.stats import SchedulerStats
 from folovllm.outputs import EngineCoreOutputs, ModelRunnerOutput
 from folovllm.request import Request, RequestStatus
@@ -34,6 +34,14 @@ class SchedulerInterface(ABC):
 
         To be called once per schedule(), in the same order, also where nothing was scheduled.
         """
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput:
+        """Return the masks of a step with `structured_output_request_ids`; before update_from_output of that step."""
+        raise NotImplementedError
+
+    def wait_for_grammar(self, timeout_s: float) -> None:
+        """Where requests wait for nothing but their grammar: return once one is ready, at most after `timeout_s`."""
+        return
 
     @abstractmethod
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[str]:

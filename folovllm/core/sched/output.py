@@ -95,6 +95,8 @@ class SchedulerOutput:
     """Always empty: text only."""
     free_encoder_mm_hashes: list[Any] = field(default_factory=list)
     """Always empty: text only."""
+    structured_output_request_ids: list[str] = field(default_factory=list)
+    """Requests that this step samples for under a grammar: their masks come in a GrammarOutput."""
 
     @classmethod
     def make_empty(cls) -> SchedulerOutput:
@@ -105,3 +107,16 @@ class SchedulerOutput:
             num_scheduled_tokens={},
             total_num_scheduled_tokens=0,
         )
+
+
+@dataclass(slots=True)
+class GrammarOutput:
+    """Which tokens a step may sample for those of its requests that have a grammar.
+
+    Apart from the SchedulerOutput, because it is made while the forward pass runs.
+    """
+
+    structured_output_request_ids: list[str]
+    """The requests, in the order of the rows."""
+    grammar_bitmask: Any
+    """[their number, ceil(V / 32)] int32, a numpy array: bit i % 32 of word i // 32 is 1 where token i may come."""

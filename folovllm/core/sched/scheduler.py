@@ -32,8 +32,9 @@ from dataclasses import dataclass, field
 
 from folovllm.config import VllmConfig
 from folovllm.core.kv_cache_manager import KVCacheManager
+from folovllm.core.sched.grammar import Grammar, GrammarCompiler, GrammarError
 from folovllm.core.sched.interface import SchedulerInterface
-from folovllm.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+from folovllm.core.sched.output import CachedRequestData, GrammarOutput, NewRequestData, SchedulerOutput
 from folovllm.core.sched.request_queue import RequestQueue, SchedulingPolicy, create_request_queue
 from folovllm.core.sched.utils import check_stop, remove_all
 from folovllm.kv_cache_interface import KVCacheConfig
@@ -81,6 +82,7 @@ class Scheduler(SchedulerInterface):
         kv_cache_config: KVCacheConfig,
         block_size: int,
         log_stats: bool = False,
+        grammar_compiler: GrammarCompiler | None = None,
     ) -> None:
         """
         Args:
@@ -88,6 +90,7 @@ class Scheduler(SchedulerInterface):
             kv_cache_config: the cache as the workers have it.
             block_size: tokens per block; must be the cache's.
             log_stats: whether update_from_output attaches SchedulerStats, and outputs carry their events.
+            grammar_compiler: for requests with structured outputs; None fails those.
         """
         self.vllm_config = vllm_config
         self.scheduler_config = vllm_config.scheduler_config
@@ -118,6 +121,11 @@ class Scheduler(SchedulerInterface):
             enable_caching=self.cache_config.enable_prefix_caching,
             log_stats=log_stats,
         )
+        self.grammar_compiler = grammar_compiler
+        # Requests whose grammar is being compiled: they keep their place in `waiting`, and others pass them.
+        self._compiling: dict[Request, None] = {}
+        # How many requests have a grammar: most engines never have one.
+        self._num_grammars = 0
         # Preempted since the last schedule(): the next output tells the worker.
         self._preempted_req_ids: set[str] = set()
         self._num_preemptions = 0
@@ -132,6 +140,11 @@ class Scheduler(SchedulerInterface):
             raise ValueError(f"request_id={request.request_id!r} is in use; give every request its own id.")
         self.requests[request.request_id] = request
         self.waiting.add_request(request)
+        if request.sampling_params.structured_outputs is not None:
+            request.status = RequestStatus.WAITING_FOR_GRAMMAR
+            self._compiling[request] = None
+            if self.grammar_compiler is not None:
+                self.grammar_compiler.start(request)
         if self.log_stats:
             request.record_event(EngineCoreEventType.QUEUED)
 
@@ -154,6 +167,13 @@ class Scheduler(SchedulerInterface):
 
     def _free_request(self, request: Request) -> None:
         """Forget a finished request that is in neither queue any more."""
+        if request.grammar is not None:
+            request.grammar = None
+            self._num_grammars -= 1
+        elif request in self._compiling:
+            del self._compiling[request]
+            if self.grammar_compiler is not None:
+                self.grammar_compiler.forget(request)
         self.kv_cache_manager.free(request)
         self.finished_req_ids.add(request.request_id)
         self._preempted_req_ids.discard(request.request_id)
@@ -179,6 +199,8 @@ class Scheduler(SchedulerInterface):
         Blocks are allocated and num_computed_tokens advances at once, so that the step after can be decided
         before this one has run.
         """
+        if self._compiling:
+            self._poll_grammars()
         step = _Step(
             token_budget=self.max_num_scheduled_tokens,
             chunk_limit=self.scheduler_config.long_prefill_token_threshold or sys.maxsize,
@@ -188,6 +210,8 @@ class Scheduler(SchedulerInterface):
             self._schedule_waiting(step)
         output = self._make_scheduler_output(step)
         self._update_after_schedule(output)
+        if self._num_grammars:
+            output.structured_output_request_ids = self._sampling_under_grammar(output)
         return output
 
     def _schedule_running(self, step: _Step) -> None:
@@ -262,10 +286,19 @@ class Scheduler(SchedulerInterface):
         self._num_preemptions += 1
 
     def _schedule_waiting(self, step: _Step) -> None:
-        """Admit requests from the front of the queue until the first that does not fit: no skipping."""
+        """Admit requests from the front of the queue until the first that does not fit: no skipping.
+
+        Except of those whose grammar is not ready: they do not hold up others, and keep their place.
+        """
+        skipped: list[Request] = []
         while self.waiting and step.token_budget > 0 and len(self.running) < self.max_num_running_reqs:
-            if not self._try_admit(self.waiting.peek_request(), step):
-                return
+            request = self.waiting.peek_request()
+            if request.status == RequestStatus.WAITING_FOR_GRAMMAR:
+                skipped.append(self.waiting.pop_request())
+            elif not self._try_admit(request, step):
+                break
+        for request in reversed(skipped):
+            self.waiting.prepend_request(request)
 
     def _try_admit(self, request: Request, step: _Step) -> bool:
         """Move the first waiting request to `running`, if it fits; return whether the next one may be tried.
@@ -306,16 +339,84 @@ class Scheduler(SchedulerInterface):
 
         Its prompt was too long, or it ran, outgrew the pool when it was alone, and preempted itself.
         """
-        self.waiting.pop_request()
         has_output = request.num_output_tokens > 0
-        request.status = RequestStatus.FINISHED_LENGTH_CAPPED if has_output else RequestStatus.FINISHED_IGNORED
-        request.stop_reason = (
+        status = RequestStatus.FINISHED_LENGTH_CAPPED if has_output else RequestStatus.FINISHED_IGNORED
+        reason = (
             f"{request.num_tokens} tokens need {cdiv(request.num_tokens, self.block_size)} KV cache blocks "
             f"of {self.block_size}, but only {self.kv_cache_manager.num_usable_blocks} exist: raise "
             "kv_cache_memory_bytes or num_gpu_blocks_override, or lower max_model_len"
         )
+        self._end_waiting(request, status, reason)
+
+    def _end_waiting(self, request: Request, status: RequestStatus, reason: str) -> None:
+        """End a waiting request; the next update_from_output tells its owner the reason."""
+        self.waiting.remove_request(request)
+        request.status = status
+        request.stop_reason = reason
         self._free_request(request)
         self._undelivered.append(_make_output(request, [], finished=True))
+
+    # ---- Grammars ----
+
+    def _poll_grammars(self) -> None:
+        """Let requests run whose grammar is ready, and end those whose grammar failed."""
+        for request in tuple(self._compiling):
+            try:
+                if self.grammar_compiler is None:
+                    raise GrammarError("this engine was made without a compiler of grammars")
+                request.grammar = self.grammar_compiler.poll(request)
+            except GrammarError as error:
+                reason = f"structured_outputs: {error}"
+                self._end_waiting(request, RequestStatus.FINISHED_ERROR, reason)
+                continue
+            if request.grammar is not None:
+                del self._compiling[request]
+                self._num_grammars += 1
+                request.status = RequestStatus.WAITING
+
+    def _sampling_under_grammar(self, output: SchedulerOutput) -> list[str]:
+        """Return the requests with a grammar whose next token this step samples: not those in mid-prompt."""
+        requests = self.requests
+        # With AsyncScheduler a placeholder counts too, and none of these had one before this step.
+        return [
+            request_id
+            for request_id in output.num_scheduled_tokens
+            if (request := requests[request_id]).grammar is not None
+            and request.num_computed_tokens == request.num_tokens
+        ]
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput:
+        """Return the masks of a step with `structured_output_request_ids`; before update_from_output of that step.
+
+        Requests that have ended meanwhile are left out: nobody will look at their tokens.
+        """
+        ids = [
+            request_id
+            for request_id in scheduler_output.structured_output_request_ids
+            if request_id in self.requests and self.requests[request_id].grammar is not None
+        ]
+        grammars = [grammar for i in ids if (grammar := self.requests[i].grammar) is not None]
+        assert self.grammar_compiler is not None
+        return GrammarOutput(ids, self.grammar_compiler.fill_bitmask(grammars))
+
+    def wait_for_grammar(self, timeout_s: float) -> None:
+        """Where requests wait for nothing but their grammar: return once one is ready, at most after `timeout_s`."""
+        if self._compiling and self.grammar_compiler is not None and not self.has_finished_requests():
+            self.grammar_compiler.wait(timeout_s)
+
+    def _follow_grammar(self, request: Request, grammar: Grammar, token_id: int) -> bool:
+        """Move the request's grammar on by a token that was sampled; False ends the request: there was none to sample.
+
+        The worker says so with a negative id.
+        """
+        if token_id >= 0 and grammar.accept_token(token_id):
+            return True
+        request.status = RequestStatus.FINISHED_ERROR
+        request.stop_reason = (
+            f"structured_outputs: after {request.num_output_tokens} tokens no token may follow: the grammar allows "
+            "none, or min_tokens, bad_words, allowed_token_ids and the like forbid those that it allows"
+        )
+        return False
 
     def _make_scheduler_output(self, step: _Step) -> SchedulerOutput:
         num_scheduled_tokens = step.num_scheduled_tokens
@@ -394,9 +495,15 @@ class Scheduler(SchedulerInterface):
         """
         max_model_len = self.max_model_len
         num_before = request.num_tokens
+        grammar = request.grammar
         for token_id in new_token_ids:
+            if grammar is not None and not self._follow_grammar(request, grammar, token_id):
+                return [], True
             request.append_output_token_ids(token_id)
             stopped = check_stop(request, max_model_len, token_id)
+            if grammar is not None and not stopped and grammar.is_terminated():
+                request.status = RequestStatus.FINISHED_STOPPED
+                stopped = True
             if not stopped and request.num_tokens >= max_model_len:
                 # min_tokens does not lengthen the block table.
                 request.status = RequestStatus.FINISHED_LENGTH_CAPPED
@@ -434,7 +541,9 @@ class Scheduler(SchedulerInterface):
         return stats
 
     def shutdown(self) -> None:
-        """Nothing to release: the scheduler holds nothing outside itself."""
+        """Stop compiling grammars: the scheduler holds nothing else outside itself."""
+        if self.grammar_compiler is not None:
+            self.grammar_compiler.shutdown()
 
 
 def _make_output(

@@ -18,7 +18,7 @@ from typing import Any
 
 from folovllm.core.sched.async_scheduler import AsyncScheduler
 from folovllm.core.sched.interface import SchedulerInterface
-from folovllm.core.sched.output import SchedulerOutput
+from folovllm.core.sched.output import GrammarOutput, SchedulerOutput
 from folovllm.core.sched.scheduler import Scheduler
 from folovllm.metrics.stats import SchedulerStats
 from folovllm.metrics.step_trace import StepTraceWriter, TracedRequest, TracedStep, token_kind
@@ -158,6 +158,14 @@ class TracedScheduler(SchedulerInterface):
     def add_request(self, request: Request) -> None:
         """As the scheduler."""
         self.scheduler.add_request(request)
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput:
+        """As the scheduler."""
+        return self.scheduler.get_grammar_bitmask(scheduler_output)
+
+    def wait_for_grammar(self, timeout_s: float) -> None:
+        """As the scheduler."""
+        self.scheduler.wait_for_grammar(timeout_s)
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[str]:
         """As the scheduler; what it frees stands in the next line."""

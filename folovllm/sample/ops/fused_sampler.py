@@ -23,7 +23,7 @@ def can_sample_on_device(metadata: SamplingMetadata) -> bool:
 
     Not so with log probabilities, penalties, allowed or bad words, any logits processor that has rows (min tokens,
     logit bias, min-p), or random rows without seeds or positions, which draw from generators. All of it is known on
-    the host: asking costs no wait.
+    the host: asking costs no wait. A grammar's mask is not counted: the caller applies it to the logits before.
     """
     processors = metadata.logitsprocs
     return (
