@@ -18,7 +18,7 @@ from folovllm.engine.arg_utils import EngineArgs
 from folovllm.entrypoints.cli import chat, common, generate, streaming
 from folovllm.entrypoints.cli.main import main, make_parser
 from folovllm.outputs import CompletionOutput, RequestOutput
-from folovllm.sampling_params import RequestOutputKind, SamplingParams
+from folovllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from folovllm.version import __version__
 from tests.fake_llm import FakeEngine, FakeLLM, Stdin, Terminal, use
 
@@ -81,6 +81,7 @@ def test_every_sampling_flag_reaches_its_field() -> None:
 
 def test_every_sampling_field_has_a_flag_or_a_reason() -> None:
     without = {
+        "structured_outputs": "has a test of its own: ignore_eos excludes it",
         "detokenize": "a command line shows text",
         "output_kind": "the command's own business",
         "spaces_between_special_tokens": "slow tokenizers only",
@@ -89,6 +90,18 @@ def test_every_sampling_field_has_a_flag_or_a_reason() -> None:
         "all_stop_token_ids": "derived",
     }
     assert {f.name for f in dataclasses.fields(SamplingParams)} == set(ALL_PARAMS) | set(without)
+
+
+def test_structured_outputs_are_given_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    args = parse("generate", "hi", "--structured-outputs", '{"choice": ["yes", "no"]}')
+    assert common.sampling_overrides(args) == {
+        "max_tokens": 128,
+        "structured_outputs": StructuredOutputsParams(choice=["yes", "no"]),
+    }
+    for wrong in ["yes", '["yes"]', '{"choices": ["yes"]}', '{"choice": []}', "{}"]:
+        with pytest.raises(SystemExit):
+            parse("generate", "hi", "--structured-outputs", wrong)
+        assert "--structured-outputs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command,max_tokens", [(("generate", "hi"), 128), (("chat",), 1024)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from folovllm.engine.arg_utils import EngineArgs
-from folovllm.sampling_params import RequestOutputKind, SamplingParams
+from folovllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 if TYPE_CHECKING:
     from folovllm.entrypoints.llm import LLM
@@ -70,6 +71,8 @@ def add_sampling_args(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     add("logit-bias", action="append", type=_logit_bias, metavar="ID=VALUE", help=text)
     for name, text in _SWITCHES:
         add(name, action="store_true", default=None, help=text)
+    text = 'what the output must be: {"json": schema}, {"regex": ...}, {"choice": [...]}, {"grammar": ...} (xgrammar)'
+    add("structured-outputs", type=_structured_outputs, metavar="JSON", help=text)
     text = "whether to leave special tokens out of the text"
     add("skip-special-tokens", action=argparse.BooleanOptionalAction, help=text)
 
@@ -89,6 +92,14 @@ def _logit_bias(text: str) -> tuple[int, float]:
         return int(token_id), float(value)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not ID=VALUE, like 42=-1.5") from None
+
+
+def _structured_outputs(text: str) -> StructuredOutputsParams:
+    """Parse a JSON object of StructuredOutputsParams' fields."""
+    try:
+        return StructuredOutputsParams(**json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
 def sampling_overrides(args: argparse.Namespace) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from folovllm.entrypoints.cli import chat, evaluate, generate, quantize
+from folovllm.entrypoints.cli import bench, chat, evaluate, generate, quantize, serve
 from folovllm.entrypoints.cli.common import UsageError
 from folovllm.version import __version__
 
@@ -24,7 +24,7 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 128 + 2
 EXIT_BROKEN_PIPE = 128 + 13
 
-SUBCOMMANDS = (generate, chat, quantize, evaluate)
+SUBCOMMANDS = (generate, chat, serve, bench, quantize, evaluate)
 """Modules with `add_subparser(subparsers)`, which sets `run(args) -> exit code` as the default `run`."""
 
 
