@@ -23,7 +23,8 @@ from folovllm.attention.backends.paged_triton import TritonPagedBackend, TritonP
 from folovllm.attention.triton_prefill import build_tiles
 from folovllm.config import VllmConfig
 from folovllm.kv_cache_interface import KVCacheConfig
-from folovllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from folovllm.model_executor.layers.linear import LinearBase
+from folovllm.model_executor.layers.quantization.triton_gptq_tiles import ROW_BUCKETS
 from folovllm.model_executor.models.fused_decoder import supports_pdl
 from folovllm.outputs import LogprobsTensors, PendingOutput
 from folovllm.sample.metadata import SamplingMetadata
@@ -48,10 +49,6 @@ COMPILE_THREADS = 12
 """Kernels compiled at a time at the start."""
 SIZES_OF_THEIR_OWN_KERNELS = (1, 2, 16, 24, 64, 128, 256)
 """Decode sizes that together use every kernel: one for each tile of the products and of attention."""
-QUANTIZED_SIZES_OF_THEIR_OWN_KERNELS = (512, 1024)
-"""Prompt sizes with tiles of their own where layers are quantized."""
-FULL_SHARE = 0.95
-"""Of the rows of a recorded prompt step that must be tokens if the device is the slower one."""
 PDL_MAX_DECODES = 16
 """In larger batches starting the next kernel early slows attention down (docs/dev/milestone_4.md)."""
 
@@ -73,7 +70,6 @@ class GPUModelRunner(ModelRunner):
         self._top_p: torch.Tensor
         self._seeds: torch.Tensor
         self._sampling_version = -1
-        self._free_padding_tokens = 0
 
     @property
     def uses_graphs(self) -> bool:
@@ -112,15 +108,14 @@ class GPUModelRunner(ModelRunner):
         if not issubclass(self.attn_backend, TritonPagedBackend):
             return
         sizes = self.graph_sizes()
-        jobs: list[Callable[[], object]] = [
-            partial(self.launch_decode, size) for size in sizes if size in SIZES_OF_THEIR_OWN_KERNELS
-        ]
+        products = self._products()
+        is_packed = any(product.quant_method.packed_weight(product) is not None for product in products)
+        own_kernels = {*SIZES_OF_THEIR_OWN_KERNELS, *(ROW_BUCKETS if is_packed else ())}
+        jobs: list[Callable[[], object]] = [partial(self.launch_decode, size) for size in sizes if size in own_kernels]
         jobs += [partial(self.launch_sampling, 1, kind) for kind in SAMPLING_KINDS]
         jobs.append(self._launch_grammar_mask)
         jobs.append(self._launch_mixed_step)
-        prompt_sizes = self.prompt_sizes()
-        own_kernels = QUANTIZED_SIZES_OF_THEIR_OWN_KERNELS if self._is_quantized() else ()
-        jobs += [partial(self.launch_prompt, n) for n in prompt_sizes if n in own_kernels or n == prompt_sizes[-1]]
+        jobs += [partial(self.launch_prompt, size) for size in self.prompt_sizes()[-1:]]
         with self._scratch_cache(1), ThreadPoolExecutor(COMPILE_THREADS) as pool:
             # The threads' streams do not wait for this one's, which may still be filling what their kernels read.
             torch.cuda.synchronize(self.device)
@@ -166,22 +161,11 @@ class GPUModelRunner(ModelRunner):
         """Return the sizes of prompt steps to record, in tokens.
 
         Only those that the device finishes before the host could have launched them: there the rows that fill a step up
-        to its recorded size cost nothing. Quantized layers have more than twice the launches, so all sizes are recorded
-        for them; the larger ones are used for steps that fill them. Recorded steps use our own attention also where a
-        library attends to longer ones.
+        to its recorded size cost nothing. They use our own attention also where a library attends to longer ones.
         """
-        limit = self.vllm_config.scheduler_config.max_num_batched_tokens
-        if not self._is_quantized():
-            limit = min(limit, self._host_bound_tokens())
-        return [size for size in PROMPT_SIZES if size <= limit]
-
-    def _host_bound_tokens(self) -> int:
-        """Return up to how many tokens launching a step one by one takes longer than computing it."""
         weights = sum(product.input_size * product.output_size for product in self._products())
-        return HOST_BOUND_FLOPS // (2 * weights)
-
-    def _is_quantized(self) -> bool:
-        return any(type(product.quant_method) is not UnquantizedLinearMethod for product in self._products())
+        limit = min(self.vllm_config.scheduler_config.max_num_batched_tokens, HOST_BOUND_FLOPS // (2 * weights))
+        return [size for size in PROMPT_SIZES if size <= limit]
 
     def _products(self) -> list[LinearBase]:
         return [module for module in self.model.model.layers.modules() if isinstance(module, LinearBase)]
@@ -212,7 +196,6 @@ class GPUModelRunner(ModelRunner):
         """Record all sizes; the KV cache must be bound."""
         sizes = self.graph_sizes()
         if sizes:
-            self._free_padding_tokens = self._host_bound_tokens()
             self.graphs = StepGraphs(self, sizes, self.prompt_sizes())
             self.graphs.record()
 
@@ -315,11 +298,8 @@ class GPUModelRunner(ModelRunner):
             return 0, 0
         if layout.num_tokens == layout.num_reqs:
             return self.graphs.padded_size(layout.num_reqs) or 0, 0
-        if layout.num_reqs > MAX_CHUNKS or int(np.diff(layout.query_start_loc).min()) == 1:
-            return 0, 0
-        size = self.graphs.padded_prompt_size(layout.num_tokens) or 0
-        is_worth_it = size <= self._free_padding_tokens or layout.num_tokens >= FULL_SHARE * size
-        return 0, size if is_worth_it else 0
+        only_chunks = layout.num_reqs <= MAX_CHUNKS and int(np.diff(layout.query_start_loc).min()) > 1
+        return 0, (self.graphs.padded_prompt_size(layout.num_tokens) or 0) if only_chunks else 0
 
     def _send(self, layout: StepLayout, graph_size: int, prompt_size: int) -> AttentionMetadata:
         """Start the copy of the step's inputs; return its metadata (of the eager launch, where there is one)."""

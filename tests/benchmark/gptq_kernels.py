@@ -1,11 +1,11 @@
 """GPTQ products on one GPU: checked, then timed against bfloat16 weights, one product at a time and a model at a time.
 
-    OUT=folder python tests/benchmark/gptq_kernels.py [--budget-s 150]
+    OUT=folder python tests/benchmark/gptq_kernels.py [--budget-s 150] [--rows 1 16 ...] [--no-check]
 
 Shapes are Qwen3-8B's, 4 bits in groups of 128, symmetric; 8 bits are checked, not timed. Timed in CUDA graphs over
 distinct weights, more of them than the L2 cache holds, as in gemv_kernels.py; "bf16" is what the engine runs now
 without quantization: our fused kernels at one row, cuBLAS above. Prints what was wrong, tables, and last the entries of
-triton_gptq.MEASURED_...; all numbers go to $OUT/gptq_kernels.json.
+triton_gptq_tiles.MEASURED_...; all numbers go to $OUT/gptq_kernels.json.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ CHAIN_BYTES = 200e6
 LAYERS = 36
 COPY_TBPS = 3.02
 BF16 = torch.bfloat16
-Tile = tg.GemvConfig | tg.PackedGemmConfig | None
+Tile = tg.GemvConfig | tg.PackedGemmConfig | str
 V, G = tg.GemvConfig, tg.PackedGemmConfig
 
 
@@ -62,41 +63,43 @@ PRODUCTS = [
 ]
 # (block_n, step_blocks, warps, row_tiles, prefetch)
 ONE_ROW = {
-    4096: [(4, 16, 4, 1, 1), (8, 16, 4, 1, 1), (16, 16, 4, 1, 1), (8, 16, 8, 1, 1), (16, 16, 8, 1, 1),
-           (8, 16, 4, 2, 2), (4, 16, 4, 4, 3), (4, 16, 2, 2, 2), (4, 8, 4, 1, 2), (2, 16, 4, 2, 2)],
-    12288: [(4, 16, 4, 1, 3), (2, 16, 4, 1, 3), (8, 16, 8, 1, 3), (4, 16, 4, 1, 2), (4, 32, 8, 1, 2), (8, 32, 8, 1, 2),
-            (4, 16, 8, 1, 3), (2, 32, 8, 1, 2)],
-}  # fmt: skip
-# (block_m, block_n, warps, stages, splits, prefetch, tma), by row bucket
-SEVERAL_ROWS = {
-    16: [(16, 64, 4, 4, 1, 4, False), (16, 64, 4, 4, 2, 4, False), (16, 64, 4, 4, 4, 4, False),
-         (16, 64, 4, 3, 4, 4, False), (16, 32, 4, 4, 1, 4, False), (16, 32, 4, 4, 2, 4, False),
-         (16, 128, 8, 4, 4, 4, False), (16, 128, 4, 3, 4, 4, False), (16, 64, 4, 4, 4, 0, False),
-         (16, 64, 4, 4, 4, 4, True)],
-    64: [(64, 64, 4, 3, 1, 4, False), (64, 64, 4, 3, 2, 4, False), (64, 64, 4, 2, 4, 4, False),
-         (64, 128, 8, 3, 1, 4, False), (64, 128, 8, 3, 4, 4, False), (64, 128, 4, 3, 4, 4, False),
-         (64, 128, 8, 3, 4, 4, True)],
-    256: [(128, 128, 8, 2, 1, 4, False), (128, 128, 8, 2, 1, 0, True), (128, 256, 8, 2, 1, 0, True),
-          (128, 64, 4, 2, 1, 4, False), (128, 128, 8, 2, 2, 0, True), (64, 128, 4, 3, 1, 0, True),
-          (64, 128, 8, 3, 1, 0, True), (128, 256, 8, 2, 2, 0, True)],
-}  # fmt: skip
-ROWS = (1, 8, 16, 64, 128, 256)
+    4096: [(n, 16, 4, tiles, prefetch) for n in (4, 8, 16) for tiles in (1, 2) for prefetch in (1, 2, 3)]
+    + [(4, 16, 4, 4, 3), (8, 8, 4, 1, 2), (8, 8, 2, 1, 2), (8, 16, 8, 1, 2)],
+    12288: [(n, 16, 4, 1, prefetch) for n in (2, 4, 8) for prefetch in (1, 2, 3)]
+    + [(4, 8, 2, 1, 3), (4, 8, 4, 1, 3), (4, 32, 8, 1, 2), (8, 8, 4, 1, 3)],
+}
+ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+BLOCKS_M = {16: [16], 32: [32], 64: [64], 128: [128, 64], 256: [128, 64], 512: [128, 64], 1024: [128], 2048: [128]}
+DEQUANTIZE = "dequantize"
 
 
 def tiles_for(product: Product, m: int) -> list[Tile]:
-    """Return the default tile, then the others to try."""
+    """Return the tiles to try for one of the rows of BLOCKS_M, or one row."""
     gated = product.kind == "norm_gated"
-    tiles: list[Tile] = [tg.default_config(m, product.outputs, product.k, gated)]
     if m == 1:
-        tiles += [V(n, blocks, w, t, p) for n, blocks, w, t, p in ONE_ROW[product.k]]
-        tiles += [G(16, 64, 4, 4, 1 if gated else 2)]
-    else:
-        bucket = next(bucket for bucket in SEVERAL_ROWS if m <= bucket)
-        for tile in SEVERAL_ROWS[bucket]:
-            if gated and (tile[4] > 1 or tile[0] * tile[1] > 128 * 128):
-                continue  # a gated product cannot be split, and has two tiles of sums
-            tiles.append(G(*tile))
-    return list(dict.fromkeys(tiles))
+        return [V(n, blocks, w, t, p) for n, blocks, w, t, p in ONE_ROW[product.k]]
+    tiles: list[Tile] = [DEQUANTIZE] if m >= 256 else []
+    for block_m, (block_n, warps), stages, splits, fuses_silu in itertools.product(
+        BLOCKS_M[m], [(64, 4), (128, 4), (128, 8), (256, 8)], (2, 3, 4, 6), (1, 2, 4, 8), (True, False)
+    ):
+        halves = 2 if gated and fuses_silu else 1
+        programs = -(-m // block_m) * (product.n // halves // block_n)
+        shared = stages * block_m * 512 + max(1, stages - 1) * block_n * 128 * halves
+        registers = (block_m * block_n * halves + block_n * 128) // (32 * warps)
+        if (
+            (gated and fuses_silu and splits > 1)
+            or (not gated and not fuses_silu)
+            or shared > 225_000
+            or registers > 200
+            or (splits > 1 and (programs > 200 or programs * splits > 600 or product.k // splits < 1024))
+            or programs * splits < 60
+            or (m <= 64 and stages == 2)
+            or (m >= 128 and programs * splits < 96)
+            or (m >= 512 and (splits > 1 or block_n < 128))
+        ):
+            continue
+        tiles.append(G(block_m, block_n, warps, stages, splits, 4, block_m >= 64, fuses_silu))
+    return tiles
 
 
 def random_weight(n: int, k: int, bits: int, device: str = "cuda") -> tg.PackedWeight:
@@ -114,6 +117,9 @@ def ours(
     p: Product, x: torch.Tensor, weight: tg.PackedWeight, other: torch.Tensor, tile: Tile, pdl: bool = True
 ) -> Any:
     """Run our product. `other`: the norm's weight [K], or the residual [M, N]."""
+    if isinstance(tile, str):
+        out = tg._multiply_dequantized(x, weight)
+        return out.add_(other) if p.kind == "add" else silu_and_mul(out) if p.kind == "norm_gated" else out
     if p.kind == "add":
         return tg.linear(x, weight, residual=other, pdl=pdl, config=tile)
     if x.shape[0] > 1:  # the norm's kernel is the same on both sides
@@ -173,12 +179,17 @@ def compile_one(job: tuple[Product, int, Tile, bool, int]) -> str:
         JITFunction.run = run
 
 
-def precompile() -> None:
+def precompile(rows: Sequence[int]) -> None:
     """Compile the sweep in parallel processes; what fails here is tried again when used."""
     major, minor = torch.cuda.get_device_capability()
-    jobs = [
-        (p, m, tile, True, 10 * major + minor) for p in PRODUCTS for m in (1, 16, 64, 256) for tile in tiles_for(p, m)
-    ]
+    jobs = {
+        (p, 1 if m == 1 else 16, tile, True, 10 * major + minor)
+        for p in PRODUCTS
+        for m in (1, *BLOCKS_M)
+        if m in rows
+        for tile in tiles_for(p, m)
+        if not isinstance(tile, str)
+    }
     workers = max(1, (os.cpu_count() or 2) - 1)
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
@@ -231,9 +242,9 @@ def check() -> list[str]:
 class Bench:
     """The weights, the sweep and its results."""
 
-    def __init__(self, deadline: float) -> None:
-        """`deadline`: time.perf_counter() after which no more tiles are tried."""
-        self.deadline = deadline
+    def __init__(self, num_rows: Sequence[int], deadline: float) -> None:
+        """`num_rows`: some of ROWS; `deadline`: time.perf_counter() after which no more tiles are tried."""
+        self.num_rows, self.deadline = num_rows, deadline
         self.rows: list[dict[str, Any]] = []
         self.best: dict[tuple[str, int], Tile] = {}
         self.us: dict[str, float] = {}
@@ -271,12 +282,11 @@ class Bench:
             return float("inf")
 
     def sweep(self) -> None:
-        """Time every tile at 1, 16, 64 and 256 rows; the best three of a neighbour at 8 and 128."""
+        """Time every tile; of 8 rows the best three of 16."""
         ranked: dict[tuple[Product, int], list[Tile]] = {}
-        for m in sorted(ROWS, key=lambda m: m in (8, 128)):
+        for m in sorted(self.num_rows, key=lambda m: m == 8):
             for p in PRODUCTS:
-                neighbour = {8: 16, 128: 256}.get(m, 0)
-                tiles = ranked[p, neighbour][:3] if neighbour else tiles_for(p, m)
+                tiles = ranked[p, 16][:3] if m == 8 else tiles_for(p, m)
                 times: dict[Tile, float] = {}
                 for tile in tiles:
                     if not times or time.perf_counter() < self.deadline:
@@ -287,33 +297,8 @@ class Bench:
                 plain = graph_us([lambda w=w, x=x, o=other, p=p: bf16(p, x, w, o) for w in self.plain[p]])
                 self.us[f"{p.name} {m} bf16"] = plain / len(self.plain[p])
                 self.us[f"{p.name} {m}"] = times[ranked[p, m][0]]
-
-    def many_rows(self) -> dict[str, float]:
-        """Return microseconds of gate_up at many rows: cuBLAS, dequantizing by parts of several sizes, and fused."""
-        p, result = PRODUCTS[2], {}
-        default = tg.WORKSPACE_BYTES
-        fused = self.best.get((p.name, 256))
-        for m in (512, 1024, 2048):
-            x = torch.randn(m, p.k, dtype=BF16, device="cuda")
-            calls: dict[str, Callable[[], Any]] = {"bf16": lambda x=x: torch.mm(x, self.plain[p][0].t())}
-            for mib in (8, 16, 32, 64, 256):
-                calls[f"{mib} MiB"] = lambda x=x, mib=mib: self._dequantized(x, mib)
-            if isinstance(fused, G):
-                calls["fused"] = lambda x=x: tg.gate_up(x, self.packed[p][0], pdl=True, config=fused)
-            for name, call in calls.items():
-                try:
-                    result[f"{m} {name}"] = round(graph_us([call] * 2) / 2, 1)
-                except Exception as error:
-                    print("failed:", m, name, repr(error)[:150], flush=True)
-        tg.WORKSPACE_BYTES = default
-        result["dequantize all"] = round(
-            graph_us([lambda w=w: tg.dequantize_packed(w) for w in self.packed[p][:2]]) / 2, 1
-        )
-        return result
-
-    def _dequantized(self, x: torch.Tensor, mib: int) -> torch.Tensor:
-        tg.WORKSPACE_BYTES = mib << 20
-        return tg._multiply_dequantized(x, self.packed[PRODUCTS[2]][0])
+                if DEQUANTIZE in times:
+                    self.us[f"{p.name} {m} dequantized"] = times[DEQUANTIZE]
 
     def layers_us(self, m: int, quantized: bool) -> float:
         """Return microseconds of the products and norms of all layers, in one graph."""
@@ -341,32 +326,38 @@ class Bench:
 
 def report(bench: Bench) -> None:
     """Print the best of each product."""
-    print(f"{'product':8}{'M':>4} {'bf16':>7} {'4 bits':>7} {'ratio':>6} {'TB/s':>5}  tile")
-    for m in ROWS:
+    print(f"{'product':8}{'M':>4} {'bf16':>7} {'4 bits':>7} {'ratio':>6} {'TB/s':>5} {'unpack':>7}  tile")
+    for m in bench.num_rows:
         for p in PRODUCTS:
             plain, us = bench.us.get(f"{p.name} {m} bf16"), bench.us.get(f"{p.name} {m}")
             if plain and us:
                 tbps = p.n * p.k * (0.5 + 2 / 128) / us / 1e6
-                print(f"{p.name:8}{m:4} {plain:7.1f} {us:7.1f} {us / plain:6.2f} {tbps:5.2f}  {bench.best[p.name, m]}")
+                unpacked = bench.us.get(f"{p.name} {m} dequantized", 0)
+                print(
+                    f"{p.name:8}{m:4} {plain:7.1f} {us:7.1f} {us / plain:6.2f} {tbps:5.2f} {unpacked:7.1f}  "
+                    f"{bench.best[p.name, m]}"
+                )
 
 
 def main() -> None:
     """Check, compile, sweep, time layers, print and save."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--budget-s", type=float, default=150)
+    parser.add_argument("--rows", type=int, nargs="+", choices=ROWS, default=ROWS)
+    parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True, help="formats against float32")
     args = parser.parse_args()
     begin = time.perf_counter()
     result: dict[str, Any] = {"device": torch.cuda.get_device_name()}
     path = Path(os.environ.get("OUT", ".")) / "gptq_kernels.json"
-    precompile()
+    precompile(args.rows)
     print(f"compiled after {time.perf_counter() - begin:.0f} s", flush=True)
-    result["wrong"] = check()
+    result["wrong"] = check() if args.check else []
     print(
         f"checked after {time.perf_counter() - begin:.0f} s; wrong: {len(result['wrong'])}",
         *result["wrong"][:12],
         sep="\n",
     )
-    bench = Bench(begin + args.budget_s)
+    bench = Bench(args.rows, begin + args.budget_s)
     try:
         bench.sweep()
     finally:
@@ -378,20 +369,18 @@ def main() -> None:
         path.write_text(json.dumps(result, indent=1))
     print(f"swept after {time.perf_counter() - begin:.0f} s", flush=True)
     result["layers_ms"] = {}
-    for m in ROWS:
+    for m in args.rows:
         for quantized in (False, True):
             try:
                 ms = bench.layers_us(m, quantized) / 1e3
                 result["layers_ms"][f"M={m} {'4 bits' if quantized else 'bf16'}"] = round(ms, 3)
             except Exception as error:
                 print("layers failed:", m, quantized, repr(error)[:200], flush=True)
-    result["many_rows_us"] = bench.many_rows()
     path.write_text(json.dumps(result, indent=1))
     report(bench)
-    print("gate_up of many rows, us:", json.dumps(result["many_rows_us"]))
     print("36 layers without attention, ms:", json.dumps(result["layers_ms"]))
     for p in PRODUCTS:
-        for m in ROWS:
+        for m in args.rows:
             key = (p.outputs, p.k, p.kind == "norm_gated")
             print("   ", key if m == 1 else (m, *key), ":", bench.best.get((p.name, m)))
     print(f"{time.perf_counter() - begin:.0f} s; wrong: {len(result['wrong'])}")

@@ -2,6 +2,7 @@
 
     python tests/benchmark/gpu_workloads.py --model 0.6B|8B --workloads A B D steps E S [--repeats 3] [--json FILE]
         [--max-seconds N] [--max-num-seqs N] [--eager] [--no-cold] [--profile FILE] [--trace FILE] [--engine-args JSON]
+        [--bits 4|8]
 
 Workloads; end-of-sequence is ignored everywhere, and token ids are fresh in each run, so that only E finds cached ones:
 
@@ -131,7 +132,11 @@ class Bench:
         self.args, self.folder = args, folder
         self.model = "tiny" if args.tiny else args.model
         self.sizes = TINY_SIZES if args.tiny else Sizes()
-        config = MODELS[self.model]
+        self.config = config = dict(MODELS[self.model])
+        if args.bits:
+            self.model += f"-{args.bits}bit"
+            group_size = 64 if args.tiny else 128
+            config["quantization_config"] = {"quant_method": "gptq", "bits": args.bits, "group_size": group_size}
         (Path(folder) / "config.json").write_text(json.dumps(config))
         self.vocab_size: int = config["vocab_size"]
         self.engine_args = {
@@ -218,7 +223,7 @@ class Bench:
     def measure_device(self) -> None:
         """Find out what the roofline is made of."""
         self.gpu = torch.cuda.is_available()
-        self.roofline = Roofline(MODELS[self.model], Ceiling.measure("cuda" if self.gpu else "cpu"))
+        self.roofline = Roofline(self.config, Ceiling.measure("cuda" if self.gpu else "cpu"))
         self.info["device"] = torch.cuda.get_device_name() if self.gpu else "cpu"
         self.info |= asdict(self.roofline.ceiling)
 
@@ -518,6 +523,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--profile", type=Path, help="text file for the profile of decode steps")
     parser.add_argument("--trace", type=Path, help="Chrome trace of three decode steps (.json or .json.gz)")
     parser.add_argument("--engine-args", type=json.loads, default={}, help='e.g. \'{"attention_backend": "paged"}\'')
+    parser.add_argument("--bits", type=int, choices=(4, 8), help="GPTQ weights, symmetric, in groups of 128")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and short workloads, to try this script")
     args = parser.parse_args()
     args.deadline = time.monotonic() + args.max_seconds

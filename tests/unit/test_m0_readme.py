@@ -2,13 +2,14 @@
 
 Each line of a ```bash block and each ```python block is a test of its own. They run with the interpreter that
 runs the tests (its folder comes first in PATH) in a scratch folder that looks like the checkout, so a file
-they leave there is thrown away. Four kinds of command are not run word for word, each for a reason stated at
-its function below: `make`, `pip install`, `folovllm chat` (which is typed to) and lines that only change the
-shell, which a README may not contain.
+they leave there is thrown away. Five kinds of command are not run word for word, each for a reason stated at
+its function below: `make`, `pip install`, `folovllm chat` (which is typed to), `folovllm serve` with the `curl` that
+talks to it, and lines that only change the shell, which a README may not contain.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from folovllm.entrypoints.openai.local_server import LocalServer
 from tools.check_size import tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,6 +178,27 @@ def run_pip_install(words: list[str], workdir: Path) -> None:
     run(f"cd {shlex.quote(str(ROOT))} && {shlex.join(command)}", workdir)
 
 
+SERVE_URL = "http://127.0.0.1:8000"
+"""Where the README's server is; here it takes a free port."""
+
+
+def run_server(words: list[str], request: str, workdir: Path) -> None:
+    """`folovllm serve ...`, which does not end: start it, run `request` against it if there is one, and end it."""
+    with LocalServer(words[2:], command=words[:2]) as server:
+        if request:
+            answer = json.loads(run(request.replace(SERVE_URL, server.url), workdir))
+            assert answer["choices"][0]["message"]["content"], answer
+        assert server.stop() == 0, server.log()
+
+
+def run_curl(command: str, workdir: Path) -> None:
+    """`curl ...`: to the server that the README has started before."""
+    assert SERVE_URL in command
+    started = [words for _, line in COMMANDS if (words := shlex.split(line))[:2] == ["folovllm", "serve"]]
+    assert started, "README.md starts no server to talk to"
+    run_server(started[0], command, workdir)
+
+
 def run_command(command: str, workdir: Path) -> None:
     """Run one command line of the README as its kind asks for."""
     words = shlex.split(command, comments=True)
@@ -188,6 +211,10 @@ def run_command(command: str, workdir: Path) -> None:
         run_pip_install(words, workdir)
     elif words[:2] == ["folovllm", "chat"]:
         run(command, workdir, stdin="Say hello.\n/stats\n/reset\n/exit\n")
+    elif words[:2] == ["folovllm", "serve"]:
+        run_server(words, "", workdir)
+    elif words[0] == "curl":
+        run_curl(command, workdir)
     else:
         run(command, workdir)
 
@@ -199,7 +226,7 @@ def test_readme_shows_how_to_use_it() -> None:
     """It is there, with the two commands, a command line example and a Python example."""
     assert README.exists(), "README.md missing"
     lines = [command for _, command in COMMANDS]
-    for wanted in ["make demo", "make test", "folovllm generate", "folovllm chat", "pip install"]:
+    for wanted in ["make demo", "make test", "folovllm generate", "folovllm chat", "folovllm serve", "pip install"]:
         assert any(wanted in line for line in lines), f"README.md shows no `{wanted}`"
     assert SCRIPTS, "README.md shows no Python"
     assert {block.language for block in BLOCKS} <= LANGUAGES
@@ -282,12 +309,14 @@ def test_parsing_refuses_what_does_not_end(text: str) -> None:
         "false | cat",
         "cd folovllm",
         "make unknown",
+        "folovllm serve --unknown-flag",
+        "curl http://127.0.0.1:1",
         'pip install ".[unknown]"',
         "pip install ./absent",
     ],
 )
 def test_run_command_can_fail(command: str, workdir: Path) -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, RuntimeError)):
         run_command(command, workdir)
 
 

@@ -14,6 +14,8 @@ pytest.importorskip("triton")
 
 from folovllm.model_executor.layers.quantization import packing
 from folovllm.model_executor.layers.quantization import triton_gptq as tg
+from folovllm.model_executor.layers.quantization import triton_gptq_tiles as tiles
+from folovllm.model_executor.layers.quantization.triton_gptq_tiles import MAX_ROWS
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -46,6 +48,7 @@ REAL: list[tuple[int, int, int, Gemv | Gemm | None]] = [
     (m, n, k, None) for m in (1, 2, 7, 16, 17, 64, 100, 256, 300) for n, k in ((1024, 1024), (1030, 4096), (576, 1536))
 ]
 REAL += [(1, 6144, 4096, None), (16, 4096, 12288, None), (200, 4096, 4096, Gemm(128, 128, 8, 2, tma=True))]
+REAL += [(200, 4096, 4096, None), (500, 12288, 4096, None), (40, 12288, 4096, None)]
 CASES = TINY + REAL if CUDA else TINY
 ONE_ROW = [(n, k, config) for m, n, k, config in CASES if m == 1 and not isinstance(config, Gemm)]
 
@@ -129,7 +132,9 @@ def test_dequantize(bits: int, group_size: int, sym: bool, dtype: torch.dtype) -
 @pytest.mark.parametrize(("bits", "group_size", "sym"), FORMATS)
 def test_linear(bits: int, group_size: int, sym: bool, dtype: torch.dtype, pdl: bool) -> None:
     """Every format: plain, split along K, and with a bias and a residual, which is added after rounding."""
-    for m, n, k, config in CASES:
+    # Real shapes take turns: each is a kernel to compile, for each format.
+    turn = FORMATS.index((bits, group_size, sym))
+    for m, n, k, config in TINY + CASES[len(TINY) :][turn :: len(FORMATS)]:
         if not fits(k, group_size):
             continue
         packed, meaning = quantized(n, k, bits, group_size, sym, dtype)
@@ -153,8 +158,9 @@ def test_gate_up(m: int, n: int, k: int, config: Gemv | Gemm | None, pdl: bool) 
         packed, meaning = quantized(2 * n, k, bits, group_size, sym, DTYPES[-1])
         x, bias = random(m, k, dtype=DTYPES[-1]), random(2 * n, dtype=DTYPES[-1])
         gate, up = (x.double() @ meaning.T + bias.double()).chunk(2, dim=-1)
-        out = tg.gate_up(x, packed, bias, pdl=pdl, config=config)
-        check(out, tg.gate_up_torch(x, packed, bias), torch.nn.functional.silu(gate) * up)
+        for tile in [config, replace(config, fuses_silu=False)] if isinstance(config, Gemm) else [config]:
+            out = tg.gate_up(x, packed, bias, pdl=pdl, config=tile)
+            check(out, tg.gate_up_torch(x, packed, bias), torch.nn.functional.silu(gate) * up)
 
 
 @pytest.mark.parametrize("pdl", PDL)
@@ -195,8 +201,29 @@ def test_many_rows_dequantize_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) 
     """Above MAX_ROWS: parts of the weight, through one workspace, into their columns."""
     monkeypatch.setattr(tg, "WORKSPACE_BYTES", 1)
     packed, meaning = quantized(300, 256, 4, 128, True, torch.float16)
-    x = random(tg.MAX_ROWS + 1, 256, dtype=torch.float16)
+    x = random(MAX_ROWS + 1, 256, dtype=torch.float16)
     check(tg.linear(x, packed), tg.packed_linear_torch(x, packed), x.double() @ meaning.T)
+
+
+def test_tiles_are_ones_the_kernel_can_run() -> None:
+    """Measured or by rule: powers of two, in an H100's shared memory, split only where parts are added afterwards."""
+    shapes = [(n, k, gated) for n, k in ((64, 256), (576, 1536), (4096, 12288)) for gated in (False, True)]
+    ruled = [(tiles.default_config(m, *shape), *shape) for m in range(2, MAX_ROWS + 1) for shape in shapes]
+    for tile, n, k, gated in ruled + [(tile, *shape) for (_, *shape), tile in tiles.MEASURED_GEMM.items()]:
+        assert isinstance(tile, Gemm)
+        assert all(size >= 16 and size & (size - 1) == 0 for size in (tile.block_m, tile.block_n))
+        fused = gated and tile.fuses_silu
+        assert tile.splits == 1 or (not fused and k // tile.splits >= 256), (n, k, tile)
+        weights = max(1, tile.num_stages - 1) * tile.block_n * 128 * (2 if fused else 1)
+        assert tile.num_stages * tile.block_m * 512 + weights <= 220_000
+    assert all(bucket in tiles.ROW_BUCKETS for bucket, *_ in tiles.MEASURED_GEMM)
+
+
+def test_a_tile_is_that_of_the_next_larger_bucket() -> None:
+    for (bucket, n, k, gated), tile in tiles.MEASURED_GEMM.items():
+        smaller = max((other for other in tiles.ROW_BUCKETS if other < bucket), default=1)
+        assert tiles.default_config(bucket, n, k, gated) == tiles.default_config(smaller + 1, n, k, gated) == tile
+    assert tiles.default_config(1025, 12288, 4096, True) is None  # dequantized
 
 
 def test_what_cannot_be_packed_is_refused() -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-# Long enough to look random, prime so that no row length divides it and no two rows are alike.
-_NOISE_LENGTH = 1_000_003
+NOISE_LENGTH = 1_000_003
+"""Random numbers of a dummy weight: enough to look random, prime so that no row length divides it and no two rows are
+alike."""
 _SCALE = 0.02
 
 
@@ -46,12 +47,12 @@ def initialize_dummy_weights(model: nn.Module, seed: int = 0) -> None:
         if not param.dtype.is_floating_point:
             param.zero_()
             continue
-        length = min(param.numel(), _NOISE_LENGTH)
+        length = min(param.numel(), NOISE_LENGTH)
         noise = (torch.rand(length, generator=generator) * 2 - 1) * _SCALE
         if name.endswith("norm.weight"):
             noise += 1
         noise = noise.to(device=param.device, dtype=param.dtype)
         flat = param.view(-1)
-        for start in range(0, flat.numel(), _NOISE_LENGTH):
-            part = flat[start : start + _NOISE_LENGTH]
+        for start in range(0, flat.numel(), NOISE_LENGTH):
+            part = flat[start : start + NOISE_LENGTH]
             part.copy_(noise[: part.numel()])

@@ -7,6 +7,7 @@ so what counts is how many there are, and how soon each starts after the one bef
                   | SiLU-mul | down                                             9 kernels a layer
     CUDA, small   norm+qkv | QK-norm, rotation, KV write | attention | o+residual | norm+gate+up+SiLU-mul
                   | down+residual                                               6 kernels a layer
+    CUDA, GPTQ    as the former at one row; at more norm+residual joins the product before it, SiLU-mul gate and up
     CPU           norm | qkv | QK-norm, rotation, KV write | attention | o+residual | norm | gate+up+SiLU-mul
                   | down+residual                                               8 calls a layer; with AMX, one a step
 
@@ -30,6 +31,7 @@ from folovllm.model_executor.layers.attention import Attention
 from folovllm.model_executor.layers.fused_ops import qk_norm_rope_write_kv, rms_norm, silu_and_mul
 from folovllm.model_executor.layers.layernorm import RMSNorm
 from folovllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from folovllm.model_executor.layers.quantization import triton_gptq
 from folovllm.model_executor.models.cpu_decoder import PROJECTIONS, CPUDecoder
 from folovllm.utils import cpu_kernels
 
@@ -61,11 +63,14 @@ def run_layers(
         return _run_on_cpu(model, hidden, positions, attn_metadata)
     # Kernels of many tokens have nothing to gain from starting early, and lose: they share the GPU while they wait.
     pdl = hidden.shape[0] <= PDL_MAX_TOKENS and supports_pdl(hidden.device)
+    layers = _layers_of(model)
+    if all(layer.packed_products for layer in layers):
+        run = _run_packed_row if hidden.shape[0] == 1 else _run_packed
+        return run(model, hidden, positions, attn_metadata, pdl)
     if takes_small_batch(model, hidden):
         return _run_small_batch(model, hidden, positions, attn_metadata, pdl)
     residual = hidden
-    layers = _layers_of(model)
-    norms = [layer.input_norm for layer in layers[1:]] + [_Norm(model.norm)]
+    norms = _norms_after(model, layers)
     # Our own products of medium batches, for the shapes where they measured faster than cuBLAS.
     ours = pdl and not model.deterministic and layers[0].is_plain and batch_linear.runs_on_triton(hidden)
     hidden = rms_norm(hidden, layers[0].input_norm.weight, layers[0].input_norm.eps, pdl=pdl)
@@ -127,6 +132,38 @@ def _run_small_batch(
     return rms_norm(hidden, model.norm.weight, model.norm.variance_epsilon, pdl=pdl)
 
 
+def _run_packed_row(
+    model: LlamaModel, hidden: torch.Tensor, positions: torch.Tensor, attn_metadata: AttentionMetadata, pdl: bool
+) -> torch.Tensor:
+    for layer in _layers_of(model):
+        qkv_proj, o_proj, gate_up_proj, down_proj = layer.packed_products
+        norm = layer.input_norm
+        qkv = triton_gptq.norm_linear(hidden, norm.weight, norm.eps, *qkv_proj, pdl=pdl)
+        attended = _attend(layer, qkv, positions, attn_metadata, pdl)
+        hidden = triton_gptq.linear(attended, *o_proj, hidden, pdl=pdl)
+        norm = layer.post_norm
+        activated = triton_gptq.norm_gate_up(hidden, norm.weight, norm.eps, *gate_up_proj, pdl=pdl)
+        hidden = triton_gptq.linear(activated, *down_proj, hidden, pdl=pdl)
+    return rms_norm(hidden, model.norm.weight, model.norm.variance_epsilon, pdl=pdl)
+
+
+def _run_packed(
+    model: LlamaModel, hidden: torch.Tensor, positions: torch.Tensor, attn_metadata: AttentionMetadata, pdl: bool
+) -> torch.Tensor:
+    layers = _layers_of(model)
+    residual = hidden
+    hidden = rms_norm(hidden, layers[0].input_norm.weight, layers[0].input_norm.eps, pdl=pdl)
+    for layer, next_norm in zip(layers, _norms_after(model, layers), strict=True):
+        qkv_proj, o_proj, gate_up_proj, down_proj = layer.packed_products
+        qkv = triton_gptq.linear(hidden, *qkv_proj, pdl=pdl)
+        attended = _attend(layer, qkv, positions, attn_metadata, pdl)
+        norm = layer.post_norm
+        hidden = triton_gptq.linear_norm(attended, *o_proj, residual, norm.weight, norm.eps, pdl=pdl)
+        activated = triton_gptq.gate_up(hidden, *gate_up_proj, pdl=pdl)
+        hidden = triton_gptq.linear_norm(activated, *down_proj, residual, next_norm.weight, next_norm.eps, pdl=pdl)
+    return hidden
+
+
 def _run_on_cpu(
     model: LlamaModel, hidden: torch.Tensor, positions: torch.Tensor, attn_metadata: AttentionMetadata
 ) -> torch.Tensor:
@@ -174,6 +211,11 @@ def _attend(
     return layer.attn.forward(query, None, None, attn_metadata)
 
 
+def _norms_after(model: LlamaModel, layers: list[Layer]) -> list[_Norm]:
+    """Return the norm that follows each layer: the next layer's first, or the model's last."""
+    return [layer.input_norm for layer in layers[1:]] + [_Norm(model.norm)]
+
+
 class _Norm:
     """What of an RMSNorm its kernels take."""
 
@@ -198,12 +240,14 @@ class Layer:
         self.o_proj, self.o_weights = _product(attention.o_proj)
         self.gate_up_proj, self.gate_up_weights = _product(mlp.gate_up_proj)
         self.down_proj, self.down_weights = _product(mlp.down_proj)
-        methods = [p.quant_method for p in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)]
+        projections = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+        methods = [p.quant_method for p in projections]
         self.is_unquantized = all(type(method) is UnquantizedLinearMethod for method in methods)
         weights = (self.qkv_weights, self.o_weights, self.gate_up_weights, self.down_weights)
         # Without biases, as the shapes of batch_linear.MEASURED were.
         self.is_plain = self.is_unquantized and all(bias is None for _, bias in weights)
-        self.cpu_weights = _cpu_weights(attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+        self.cpu_weights = _cpu_weights(*projections)
+        self.packed_products = _packed_products(*projections)
 
 
 def _product(projection: LinearBase) -> tuple[Callable[[torch.Tensor], torch.Tensor], tuple[Any, Any]]:
@@ -221,6 +265,15 @@ def _cpu_weights(*projections: LinearBase) -> dict[str, cpu_kernels.CPUWeight]:
     weights = [projection.quant_method.cpu_weight(projection) for projection in projections]
     named = {name: weight for name, weight in zip(PROJECTIONS, weights, strict=True) if weight is not None}
     return named if len(named) == len(PROJECTIONS) else {}
+
+
+def _packed_products(*projections: LinearBase) -> list[tuple[triton_gptq.PackedWeight, torch.Tensor | None]]:
+    """Return (weight, bias) of qkv, o, gate_up, down where triton_gptq.py multiplies with all of them; else nothing."""
+    products = [(projection.quant_method.packed_weight(projection), projection.bias) for projection in projections]
+    packed: list[tuple[triton_gptq.PackedWeight, torch.Tensor | None]] = [
+        (weight, bias) for weight, bias in products if weight is not None
+    ]
+    return packed if len(packed) == len(products) else []
 
 
 def _layers_of(model: LlamaModel) -> list[Layer]:

@@ -8,12 +8,15 @@ file; the layers do not change.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from folovllm.utils import cpu_kernels
+
+if TYPE_CHECKING:
+    from folovllm.model_executor.layers.quantization.triton_gptq import PackedWeight
 
 
 class LinearMethodBase(ABC):
@@ -37,6 +40,10 @@ class LinearMethodBase(ABC):
 
     def cpu_weight(self, layer: nn.Module) -> cpu_kernels.CPUWeight | None:
         """Return the weight and bias as the CPU kernels of models/cpu_decoder.py take them; None: they do not."""
+        return None
+
+    def packed_weight(self, layer: nn.Module) -> PackedWeight | None:
+        """Return the weight as the products of quantization/triton_gptq.py take it, to be fused; None: they do not."""
         return None
 
 

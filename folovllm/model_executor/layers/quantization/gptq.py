@@ -35,11 +35,12 @@ from torch import nn
 
 from folovllm.model_executor.layers.quantization import gptq_cpu, packing
 from folovllm.model_executor.layers.quantization.base import LinearMethodBase, QuantizationConfig
-from folovllm.model_executor.model_loader.weight_utils import InvalidTensor
+from folovllm.model_executor.model_loader.weight_utils import NOISE_LENGTH, InvalidTensor
 from folovllm.utils import cpu_kernels
 
 if TYPE_CHECKING:
     from folovllm.model_executor.layers.linear import LinearBase
+    from folovllm.model_executor.layers.quantization import triton_gptq
 
 SUPPORTED_BITS = (4, 8)
 SUPPORTED_GROUP_SIZES = (-1, 32, 64, 128)
@@ -198,7 +199,8 @@ class GPTQLinearMethod(LinearMethodBase):
         self._add(layer, "qzeros", words(num_groups, output_size // per_word), _load_integers, per_word=per_word)
         self._add(layer, "scales", torch.empty(num_groups, output_size), _load_scales)
         self._add(layer, "g_idx", groups.repeat(num_parts, 1), _load_g_idx, group_size=group_size)
-        layer.qweight.fill_dummy = layer.qzeros.fill_dummy = _fill_with_random_bits  # type: ignore[union-attr]
+        layer.qweight.fill_dummy = _fill_with_random_bits  # type: ignore[union-attr]
+        layer.qzeros.fill_dummy = partial(_fill_symmetric, config=self.config)  # type: ignore[union-attr]
         layer.g_idx.fill_dummy = _keep  # type: ignore[union-attr]
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -237,6 +239,15 @@ class GPTQLinearMethod(LinearMethodBase):
         if not isinstance(weight, gptq_cpu.AMXInt4Weight):
             return None
         return cpu_kernels.CPUWeight(weight.packed, bias, weight.scales, weight.zeros)
+
+    def packed_weight(self, layer: nn.Module) -> triton_gptq.PackedWeight | None:
+        """See LinearMethodBase; a layer of several pieces, or of reordered input channels, is not fused."""
+        from folovllm.model_executor.layers.quantization import triton_gptq
+
+        if len(self._pieces) != 1 or self._pieces[0].order is not None:
+            return None
+        weight = self._pieces[0].weight
+        return weight if isinstance(weight, triton_gptq.PackedWeight) else None
 
     def _check_shape(self, layer: nn.Module, input_size: int) -> tuple[int, int]:
         """Return the group size in channels, and the number of groups. Raises ValueError."""
@@ -362,10 +373,20 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 def _fill_with_random_bits(param: nn.Parameter, generator: torch.Generator) -> None:
-    """Fill a parameter of packed integers for dummy weights."""
+    """Fill a parameter of packed integers for dummy weights, repeating noise as initialize_dummy_weights does."""
     info = torch.iinfo(torch.int32)
-    noise = torch.randint(info.min, info.max, param.shape, generator=generator, dtype=torch.int32)
-    param.data.copy_(noise)
+    flat = param.data.view(-1)
+    noise = torch.randint(info.min, info.max, (min(len(flat), NOISE_LENGTH),), generator=generator, dtype=torch.int32)
+    noise = noise.to(param.device)
+    for part in flat.split(NOISE_LENGTH):
+        part.copy_(noise[: len(part)])
+
+
+def _fill_symmetric(param: nn.Parameter, generator: torch.Generator, config: GPTQConfig) -> None:
+    """Fill a parameter of packed zero points for dummy weights with the middle, as in most checkpoints."""
+    zero = (1 << (config.bits - 1)) - config.zero_offset
+    word = sum(zero << shift for shift in range(0, 32, config.bits))
+    param.data.fill_(word - (1 << 32) if word >> 31 else word)
 
 
 def _keep(param: nn.Parameter, generator: torch.Generator) -> None:

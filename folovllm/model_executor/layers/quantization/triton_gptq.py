@@ -4,7 +4,7 @@ vLLM: `layers/quantization/gptq_marlin.py` and its CUDA kernels. triton_gptq_ker
 runs, by the number of rows M:
 
     1               packed_gemv_kernel    K whole in one program, float32 sums; norm before, SiLU-mul or residual after
-    2 to MAX_ROWS   packed_gemm_kernel    tensor cores, split along K where outputs are few
+    2 to 256        packed_gemm_kernel    tensor cores, split along K where outputs are few (triton_gptq_tiles.py)
     more            dequantize_kernel, then cuBLAS, a part of the weight at a time that the L2 cache can hold
 
 Beside each function is its twin `..._torch`: the plain computation, which runs where kernels do not (runs_on_triton).
@@ -22,17 +22,21 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from folovllm.model_executor.layers.fused_ops import rms_norm, rms_norm_torch
+from folovllm.model_executor.layers.fused_ops import rms_norm, rms_norm_torch, silu_and_mul
 from folovllm.model_executor.layers.quantization import packing
+from folovllm.model_executor.layers.quantization.triton_gptq_tiles import (
+    GemvConfig,
+    PackedGemmConfig,
+    default_config,
+)
 from folovllm.model_executor.layers.small_batch_linear import linear_torch, silu_mul_torch
 from folovllm.utils.common import power_of_2_at_least
 
 WORDS = 32
 """Words of an output in a block, which is WORDS * 32 / bits inputs; equals that of the kernels."""
-MAX_ROWS = 256
-"""Above, dequantizing once and multiplying with cuBLAS is faster."""
-WORKSPACE_BYTES = 32 << 20
-"""Of dequantized weights at a time: they should still be in the L2 cache (50 MB) when cuBLAS reads them."""
+WORKSPACE_BYTES = 48 << 20
+"""Of dequantized weights at a time: most should still be in the L2 cache (50 MB) when cuBLAS reads them, and kernels be
+long enough for the host to keep up."""
 
 
 @dataclass(frozen=True)
@@ -69,48 +73,6 @@ class PackedWeight:
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """Return x @ weight^T, [M, N], for x [M, K] of this dtype."""
         return linear(x.contiguous(), self)
-
-
-@dataclass(frozen=True)
-class GemvConfig:
-    """How one row's product is cut into programs and steps. All are powers of two, but row_tiles and prefetch."""
-
-    block_n: int
-    """Outputs of a row tile."""
-    step_blocks: int
-    """Blocks of inputs (256 each at 4 bits, 128 at 8) of a step."""
-    num_warps: int
-    row_tiles: int = 1
-    """Row tiles that one program computes one after another, normalising its input once."""
-    prefetch: int = 2
-    """Steps loaded ahead; capped at the program's number of steps."""
-
-
-@dataclass(frozen=True)
-class PackedGemmConfig:
-    """How a product of several rows is cut into programs; its steps are blocks of inputs."""
-
-    block_m: int
-    """Rows of a tile; a power of two, at least 16."""
-    block_n: int
-    """Outputs of a tile; a power of two, at least 16; from 64 on Hopper's own tensor-core instructions are used."""
-    num_warps: int
-    num_stages: int
-    """Steps in shared memory at once, block_m * 512 + block_n * 128 bytes each at 4 bits."""
-    splits: int = 1
-    """Parts of K, each summed by programs of its own; only where nothing but a sum or a norm follows."""
-    prefetch: int = 4
-    """Blocks whose weights are asked for in the L2 cache before the wait (with `pdl`); 0 or a power of two."""
-    tma: bool = False
-    """Load x with Hopper's copy engine; needs rows of a multiple of 16 bytes, and is not done for others."""
-
-
-MEASURED_GEMV: dict[tuple[int, int, bool], GemvConfig] = {}
-"""(N, K, gated): the fastest tile of one row and 4 bits on an H100, tests/benchmark/gptq_kernels.py"""
-MEASURED_GEMM: dict[tuple[int, int, int, bool], PackedGemmConfig] = {}
-"""(row bucket, N, K, gated): the same for several rows."""
-ROW_BUCKETS = (16, 32, 64, 128, 256)
-"""A tile is chosen for the smallest of these that is at least M."""
 
 
 def repack_for_triton(
@@ -294,9 +256,11 @@ def gate_up(
         return gate_up_torch(x, weight, bias)
     tile = config or default_config(x.shape[0], weight.num_outputs // 2, weight.num_inputs, True)
     if tile is None:
-        return silu_mul_torch(linear(x, weight, bias))
+        return silu_and_mul(linear(x, weight, bias), pdl=pdl)
     if isinstance(tile, GemvConfig):
         return _launch_gemv(x, None, 0.0, weight, bias, None, tile, gated=True, pdl=pdl)
+    if not tile.fuses_silu:
+        return silu_and_mul(linear(x, weight, bias, pdl=pdl, config=tile), pdl=pdl)
     return _launch_gemm(x, weight, bias, None, tile, gated=True, pdl=pdl)
 
 
@@ -390,30 +354,6 @@ def runs_on_triton(x: torch.Tensor) -> bool:
     return x.is_cuda and x.shape[0] > 0 and x.dtype in (torch.bfloat16, torch.float16)
 
 
-def default_config(m: int, n: int, k: int, gated: bool) -> GemvConfig | PackedGemmConfig | None:
-    """Return the tile for M rows, N outputs (of two weight rows each where gated) and K inputs; None: dequantize.
-
-    Measured where the shape was; else tiles that give 132 SMs about two programs each, or as many as outputs allow.
-    """
-    if m == 1:
-        measured_gemv = MEASURED_GEMV.get((n, k, gated))
-        if measured_gemv is not None:
-            return measured_gemv
-        # Steps of several chunks of K are unrolled: with more outputs they need more registers than there are.
-        step_blocks = min(16, power_of_2_at_least(-(-k // 256)))
-        return GemvConfig(4, step_blocks, 4, prefetch=3) if k > 4096 else GemvConfig(8, step_blocks, 4)
-    bucket = next((bucket for bucket in ROW_BUCKETS if m <= bucket), None)
-    if bucket is None or m > MAX_ROWS:
-        return None
-    measured = MEASURED_GEMM.get((bucket, n, k, gated))
-    if measured is not None:
-        return measured
-    if bucket >= 128:
-        return PackedGemmConfig(128, 128, 8, 2) if n >= 4096 else PackedGemmConfig(64, 64, 4, 3)
-    splits = 1 if gated else max(1, min(4, 256 * 64 // n, k // 1024))
-    return PackedGemmConfig(bucket, 64, 4, 4 if bucket <= 32 else 3, splits=splits)
-
-
 def _norm_product(
     x: torch.Tensor,
     norm_weight: torch.Tensor,
@@ -440,7 +380,8 @@ def _norm_product(
 def _multiply_dequantized(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """Return x @ weight^T, dequantizing WORKSPACE_BYTES of the weight at a time."""
     n, k = weight.num_outputs, weight.num_inputs
-    rows = min(n, max(256, WORKSPACE_BYTES // (2 * k) // 256 * 256))
+    parts = -(-n * k * 2 // WORKSPACE_BYTES)
+    rows = min(n, -(-n // (parts * 256)) * 256)
     workspace = torch.empty(rows, k, dtype=weight.dtype, device=x.device)
     out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
     for first in range(0, n, rows):
@@ -533,7 +474,7 @@ def _launch_gemm(
     if tile.tma and k * x.element_size() % 16 == 0:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        x_desc = TensorDescriptor.from_tensor(x, [tile.block_m, WORDS])
+        x_desc = TensorDescriptor.from_tensor(x, [tile.block_m, 1024 // weight.bits])
     options = {"launch_pdl": True} if pdl else {}
     packed_gemm_kernel[(-(-m // tile.block_m) * -(-n // tile.block_n), tile.splits)](
         x,

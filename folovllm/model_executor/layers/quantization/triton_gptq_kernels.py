@@ -15,10 +15,10 @@ slot j (bits 4 j to 4 j + 3) of 32 neighbouring words is 32 neighbouring inputs,
     block of 256 inputs (4 bits; 128 with 8 bits, four slots) of output n = 32 words = 128 bytes, one line of the cache
 
                       word 0        word 1      ...   word 31
-        slot 0         k = 0         k = 1            k = 31       a tile [outputs, 32] for one product,
-        slot 1         k = 32        k = 33           k = 63       by one shift and mask of the tile of words,
-        ...                                                        in the registers where that was loaded to
-        slot 7         k = 224       k = 225          k = 255
+        slot 0         k = 0         k = 1            k = 31       a piece [outputs, 32] of the block, by one
+        slot 1         k = 32        k = 33           k = 63       shift and mask of the tile of words, in the
+        ...                                                        registers where that was loaded to; the pieces
+        slot 7         k = 224       k = 225          k = 255      side by side are the block [outputs, 256]
 
     memory: [blocks, N, 32] int32, so that the tile of neighbouring outputs is one contiguous piece
 
@@ -128,9 +128,15 @@ def _load_groups(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _side_by_side(left: tl.tensor, right: tl.tensor) -> tl.tensor:
+    """Return [N, 2 K] of left and right [N, K]; each thread keeps its numbers, in other registers at most."""
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (left.shape[0], 2 * left.shape[1]))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _multiply_block(
     words: tl.tensor,
-    xs: tl.tuple,
+    x: tl.tensor,
     scale_ptr: tl.tensor,
     zero_ptr: tl.tensor,
     block: tl.tensor,
@@ -141,24 +147,29 @@ def _multiply_block(
     BITS: tl.constexpr,
     ASM: tl.constexpr,
 ) -> tl.tensor:
-    """Return sums [BLOCK_N, BLOCK_M] + a block of the weights . x^T, a tensor-core product for each slot.
+    """Return sums [BLOCK_N, BLOCK_M] + a block of the weights . x^T, for words [BLOCK_N, WORDS], x [BLOCK_M, INPUTS].
 
-    The compiler loads `words` to the registers where the products want the weights, as long as only elementwise
-    operations with constants and loaded numbers lie between: no shift by a computed number of bits, for one.
+    All slots are one product: the compiler waits for a product before it prepares the registers of the next one in the
+    same step. And it loads `words` to the registers where the product wants the weights, as long as only elementwise
+    operations with constants and loaded numbers lie between, or pieces put side by side: no shift by a computed number.
     """
-    dtype: tl.constexpr = xs[0].dtype
+    dtype: tl.constexpr = x.dtype
     SLOTS: tl.constexpr = 32 // BITS
     scales = _load_groups(scale_ptr, block, weight_row, N, GROUPS, dtype)
     if zero_ptr is not None:
         zeros = _load_groups(zero_ptr, block, weight_row, N, GROUPS, dtype)
+    parts: tl.tuple = ()
     for slot in tl.static_range(SLOTS):
         scale = scales[slot * GROUPS // SLOTS]
         zero = tl.full(scale.shape, 1 << (BITS - 1), dtype)
         if zero_ptr is not None:
             zero = zeros[slot * GROUPS // SLOTS]
-        weight = _dequantize_slot(words, zero, scale, slot, BITS, ASM)
-        sums = tl.dot(weight, tl.trans(xs[slot]), sums)
-    return sums
+        parts = parts + (_dequantize_slot(words, zero, scale, slot, BITS, ASM),)
+    weight = _side_by_side(_side_by_side(parts[0], parts[1]), _side_by_side(parts[2], parts[3]))
+    if SLOTS == 8:
+        last = _side_by_side(_side_by_side(parts[4], parts[5]), _side_by_side(parts[6], parts[7]))
+        weight = _side_by_side(weight, last)
+    return tl.dot(weight, tl.trans(x), sums)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -206,7 +217,6 @@ def packed_gemm_kernel(
     Rows and outputs beyond M and N are computed from real ones and not stored, as in gemm_kernel.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    SLOTS: tl.constexpr = 32 // BITS
     INPUTS: tl.constexpr = 1024 // BITS  # of a block: 32 words of an output are 1024 bits
     BLOCKS: tl.constexpr = (K + INPUTS - 1) // INPUTS
     PART: tl.constexpr = (BLOCKS + SPLITS - 1) // SPLITS  # blocks of a split
@@ -218,8 +228,8 @@ def packed_gemm_kernel(
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     output = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     weight_row = tl.minimum(output, N - 1)
-    word = tl.arange(0, WORDS)
-    x_ptrs = x_ptr + (row % M).to(tl.int64)[:, None] * K + word[None, :]
+    word, col = tl.arange(0, WORDS), tl.arange(0, INPUTS)
+    x_ptrs = x_ptr + (row % M).to(tl.int64)[:, None] * K + col[None, :]
     word_ptrs = word_ptr + weight_row[:, None] * WORDS + word[None, :]
     # 1. Prefetch, by one of the programs that share the weights. 2. Signal. 3. Wait.
     if PREFETCH > 0:  # noqa: SIM102  (this condition is the compiler's, the next the program's)
@@ -242,21 +252,17 @@ def packed_gemm_kernel(
             block = tl.minimum(block, BLOCKS - 1)
         block_ptrs = word_ptrs + block.to(tl.int64) * (ROWS * WORDS)
         words = tl.load(block_ptrs)
-        xs: tl.tuple = ()
-        for slot in tl.static_range(SLOTS):
-            col = k + slot * WORDS
-            if x_desc is not None:
-                x = x_desc.load([tile_m * BLOCK_M, col])
-            elif MASKED:
-                x = tl.load(x_ptrs + col, mask=(col + word < K)[None, :], other=0.0)
-            else:
-                x = tl.load(x_ptrs + col)
-            xs = xs + (x,)
-        sums = _multiply_block(words, xs, scale_ptr, zero_ptr, block, weight_row, sums, ROWS, GROUPS, BITS, ASM)
+        if x_desc is not None:
+            x = x_desc.load([tile_m * BLOCK_M, k])
+        elif MASKED:
+            x = tl.load(x_ptrs + k, mask=(k + col < K)[None, :], other=0.0)
+        else:
+            x = tl.load(x_ptrs + k)
+        sums = _multiply_block(words, x, scale_ptr, zero_ptr, block, weight_row, sums, ROWS, GROUPS, BITS, ASM)
         if GATED:
             words = tl.load(block_ptrs + N * WORDS)
             up_row = N + weight_row
-            up_sums = _multiply_block(words, xs, scale_ptr, zero_ptr, block, up_row, up_sums, ROWS, GROUPS, BITS, ASM)
+            up_sums = _multiply_block(words, x, scale_ptr, zero_ptr, block, up_row, up_sums, ROWS, GROUPS, BITS, ASM)
     # 5. Finish.
     value = tl.trans(sums)
     offsets = row.to(tl.int64)[:, None] * N + output[None, :]
