@@ -4,12 +4,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_LOWER ?= .venv-lower
-DOCS ?= docs/api
+DOCS ?= site
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --disable-pip-version-check -c
 STEP = @echo "==>"
+# The variable: no notice about the theme's plans in every build.
+MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint docs clean test-lower
@@ -31,7 +33,7 @@ test: lint  ## Lint, then all tests with coverage, then the bad-input tests unde
 	$(BIN)/python -O -m pytest -q -m badinput -W ignore::pytest.PytestConfigWarning
 	$(STEP) "all passed"
 
-lint: $(VENV)/.dev-stamp  ## Ruff, mypy, import-linter, size check
+lint: $(VENV)/.dev-stamp  ## Ruff, mypy, import-linter, size check, documentation site
 	$(STEP) "ruff check"
 	$(BIN)/ruff check .
 	$(STEP) "ruff format --check"
@@ -42,10 +44,12 @@ lint: $(VENV)/.dev-stamp  ## Ruff, mypy, import-linter, size check
 	$(BIN)/lint-imports --no-logo
 	$(STEP) "size check"
 	$(BIN)/python tools/check_size.py
+	$(STEP) "mkdocs: the documentation builds, and no link is broken"
+	$(MKDOCS) build --strict --quiet --site-dir $(abspath $(VENV))/site
 
-docs: $(VENV)/.dev-stamp  ## API reference as HTML in docs/api
-	$(STEP) "pdoc"
-	$(BIN)/python tools/make_docs.py $(DOCS)
+docs: $(VENV)/.dev-stamp  ## Documentation and API reference as HTML in site
+	$(STEP) "mkdocs"
+	$(MKDOCS) build --strict --quiet --site-dir $(abspath $(DOCS))
 	@echo "open $(DOCS)/index.html"
 
 test-lower: $(VENV_LOWER)/.stamp  ## The tests again with the lowest dependency versions allowed
@@ -53,7 +57,7 @@ test-lower: $(VENV_LOWER)/.stamp  ## The tests again with the lowest dependency 
 	$(VENV_LOWER)/bin/python -m pytest -q --ignore=tests/unit/test_m0_project.py --ignore=tests/unit/test_m0_readme.py $(PYTEST_ARGS)
 
 clean:  ## Remove .venv, caches, generated docs and build output (an environment elsewhere is left alone)
-	rm -rf .venv .venv-lower docs/api build dist folovllm.egg-info
+	rm -rf .venv .venv-lower site docs/api build dist folovllm.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.* htmlcov
 	find folovllm tests tools examples reference -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 

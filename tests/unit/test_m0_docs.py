@@ -34,7 +34,6 @@ FOREIGN = {
     "CudagraphDispatcher",
     "EngineCoreProc",
     "compilation/",
-    "get_grammar_bitmask",
     "kv_cache_coordinator.py",
     "multiproc_executor.py",
     "ray_executor.py",

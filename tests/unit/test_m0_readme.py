@@ -28,7 +28,7 @@ README = ROOT / "README.md"
 TIMEOUT_S = 300
 LANGUAGES = {"bash", "python", "text", "json", "mermaid"}
 """Fences a README may have: bash and python are run, and no command may hide under another name."""
-MAKE_RUN = {"help": "make", "demo": "folovllm generate", "docs": "make_docs.py"}
+MAKE_RUN = {"help": "make", "demo": "folovllm generate", "docs": "mkdocs build"}
 """Targets whose recipe is carried out here, and what must be in it."""
 MAKE_READ = {"test": "-m pytest", "lint": "ruff check", "clean": "rm -rf", "test-lower": "-m pytest"}
 """Targets whose recipe is only read here, and what must be in it."""
