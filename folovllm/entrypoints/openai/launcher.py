@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import math
 import os
 import signal
@@ -59,7 +58,6 @@ def run_server(engine_args: EngineArgs, settings: ServerSettings) -> int:
 
         engine = start_engine()
         app = build_app(engine, settings, metrics)
-        freeze_heap()
         config = uvicorn.Config(
             app,
             ws="none",
@@ -79,17 +77,6 @@ def run_server(engine_args: EngineArgs, settings: ServerSettings) -> int:
         finally:
             asyncio.set_event_loop(None)
             loop.close()
-
-
-def freeze_heap() -> None:
-    """Let garbage collections pass over all that exists now, and come at the right times.
-
-    Python runs a full collection when a quarter of what survived the last one has been added. Without the second
-    collect() that would be a quarter of what is now frozen: megabytes of dead requests.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.collect()
 
 
 class _Server(uvicorn.Server):
