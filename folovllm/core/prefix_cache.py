@@ -12,7 +12,6 @@ from folovllm.core.kv_cache_utils import (
     BlockHash,
     BlockHashWithGroupId,
     KVCacheBlock,
-    make_block_hash_with_group_id,
 )
 
 
@@ -83,11 +82,13 @@ def find_longest_cache_hit(
     Changes nothing. O(length of the hit): a hash names the whole prefix up to its block, so the first miss
     ends the search.
     """
+    # A long prompt looks up hundreds of blocks: get_one_block, without its calls.
+    lookup = block_map._cache.get
+    group = group_id.to_bytes(4, "big")
     hits: list[KVCacheBlock] = []
-    get_one_block = block_map.get_one_block
     for block_hash in block_hashes[:max_num_blocks]:
-        block = get_one_block(make_block_hash_with_group_id(block_hash, group_id))
-        if block is None:
+        entry = lookup(BlockHashWithGroupId(block_hash + group))
+        if entry is None:
             break
-        hits.append(block)
+        hits.append(next(iter(entry.values())) if isinstance(entry, dict) else entry)
     return hits

@@ -82,6 +82,7 @@ def test_killing_the_engine(model: Path) -> None:
         killed = time.monotonic()
         join(threads)
         assert max(ended) - killed < 2
+        assert httpx.get(f"{server.url}/health", timeout=TIMEOUT_S).status_code == 503
         assert all(isinstance(result, RuntimeError) for result in results), results
         assert server.process.wait(TIMEOUT_S) not in (0, None)
         assert not is_alive(engine)
@@ -155,6 +156,16 @@ def test_two_servers_at_once(model: Path) -> None:
         result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
         assert result.returncode == 1 and str(server.port) in result.stderr and "Traceback" not in result.stderr
         assert "weights" not in result.stderr
+
+
+def test_the_engine_in_the_servers_process(model: Path) -> None:
+    fields = {"prompt": "x", "max_tokens": 16, "temperature": 0, "ignore_eos": True}
+    with start_tiny_server(model) as server:
+        expected = completion(server, **fields)["choices"][0]["text"]
+    with start_tiny_server(model, "--in-process") as server:
+        assert children_of(server.process.pid) == []
+        assert completion(server, **fields)["choices"][0]["text"] == expected
+        assert server.stop() == 0
 
 
 def test_a_model_that_is_not_there() -> None:

@@ -53,7 +53,10 @@ def run_server(engine_args: EngineArgs, settings: ServerSettings) -> int:
 
         def start_engine() -> AsyncLLM:
             return AsyncLLM.from_engine_args(
-                engine_args, stat_loggers=[metrics], stream_interval=settings.stream_interval
+                engine_args,
+                stat_loggers=[metrics],
+                in_process=settings.in_process,
+                stream_interval=settings.stream_interval,
             )
 
         engine = start_engine()

@@ -58,6 +58,8 @@ class ServerSettings:
     """Seconds that running requests get at SIGTERM before they are ended."""
     restart_engine: bool = False
     """Start a new engine when it dies, instead of exiting."""
+    in_process: bool = False
+    """Run the engine in a thread of this process, for debugging: both then share Python's lock."""
     disable_access_log: bool = False
     """No log line per HTTP request."""
     timeout_keep_alive: int = 60
@@ -166,6 +168,7 @@ _HELP: dict[str, str] = {
     "stream_interval": "tokens per chunk of a stream after the first",
     "shutdown_timeout": "how long running requests may take to finish at SIGTERM or Ctrl-C",
     "restart_engine": "start a new engine when it dies, instead of exiting",
+    "in_process": "run the engine in a thread of the server's process (for debugging)",
     "disable_access_log": "no log line per HTTP request",
     "timeout_keep_alive": "close connections that are idle for so long",
     "max_queued_requests": "sequences that may wait before requests get 429",
