@@ -11,7 +11,8 @@ Workloads; end-of-sequence is ignored everywhere, and token ids are fresh in eac
     B      the same with 1024 requests
     D      one greedy stream, 128 in, 256 out: (t_256 - t_1) / 255; and time to the first token of a 2048-token prompt
     steps  a step in which 1, 32, 128, 256 requests decode, contexts 128 to 257: seconds of many steps over their
-           number, nothing synchronised between; `host` is what of it the host did not spend waiting for the device
+           number, nothing synchronised between; `host` is what of it the host did not spend waiting for the device, and
+           within that EngineCore.step: all but the making of outputs, which a server does in another process
     E      64 requests that share 2048 tokens and have 32 of their own, 1 out: cold, warm (other own tokens), unshared
     S      from the start of a new process to the first token of a 16-token prompt: with empty folders for compiled
            kernels, then with the same folders again (--no-cold: the user's folders only, after an untimed run)
@@ -47,7 +48,16 @@ import torch
 
 from folovllm import LLM, SamplingParams
 from folovllm.sampling_params import RequestOutputKind
-from tests.benchmark.gpu_workloads_report import REFERENCE, TABLE_HEAD, Ceiling, HostWaits, ProfileReport, Roofline, Row
+from tests.benchmark.gpu_workloads_report import (
+    REFERENCE,
+    TABLE_HEAD,
+    CallTimes,
+    Ceiling,
+    ProfileReport,
+    Roofline,
+    Row,
+    host_waits,
+)
 
 ROOT = Path(__file__).parents[2]
 COMMON = {
@@ -334,23 +344,27 @@ class Bench:
         """One batch size of `steps`."""
         input_len, output_len = self.sizes.step_lengths
         host: list[float] = []
+        core: list[float] = []
 
         def run() -> float:
             num_steps = self.start_decoding(batch, input_len, output_len)
-            with HostWaits() as waits:
+            with host_waits() as waits, CallTimes((self.engine.engine_core, "get_output")) as core_time:
                 start = time.perf_counter()
                 for _ in range(num_steps):
                     self.engine.step()
                 seconds = time.perf_counter() - start
             self.finish()
             host.append((seconds - waits.seconds) / num_steps * 1e3)
+            core.append((core_time.seconds - waits.seconds) / num_steps * 1e3)
             return seconds / num_steps * 1e3
 
         run()
         host.clear()
+        core.clear()
         runs = self.repeated(run)
         roofline = self.roofline.decode(1, batch * (input_len + output_len / 2)) * 1e3
-        self.add(f"steps: ms, batch {batch}", runs, roofline, f"host {statistics.median(host):.3f} ms")
+        note = f"host {statistics.median(host):.3f} ms, of it schedule, launch, update {statistics.median(core):.3f}"
+        self.add(f"steps: ms, batch {batch}", runs, roofline, note)
 
     def shared_prefix(self) -> None:
         """E."""
@@ -415,7 +429,7 @@ class Bench:
         num_steps, input_len = self.sizes.profiled_steps, self.sizes.step_lengths[0]
         self.start_decoding(batch, input_len, 2 * num_steps + NUM_TRACED_STEPS + 20)
         self._profiled(2)  # the profiler's own start-up
-        with HostWaits() as waits:
+        with host_waits() as waits:
             start = time.perf_counter()
             for _ in range(num_steps):
                 self.engine.step()

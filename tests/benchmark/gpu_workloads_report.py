@@ -182,23 +182,22 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.5g}"
 
 
-class HostWaits:
-    """Inside `with`: `seconds` is the time that Python spent in synchronize() of torch.cuda's events and streams."""
+class CallTimes:
+    """Inside `with`: `seconds` is the time that Python spent in some methods, which do not call each other."""
 
-    def __init__(self) -> None:
+    def __init__(self, *methods: tuple[Any, str]) -> None:
+        """`methods`: (class or object, name)."""
         self.seconds = 0.0
-        self._saved: list[tuple[Any, Any]] = []
+        self._saved = [(owner, name, getattr(owner, name)) for owner, name in methods]
 
-    def __enter__(self) -> HostWaits:
-        owners: tuple[Any, ...] = (torch.cuda.Event, torch.cuda.Stream, torch.cuda)
-        for owner in owners:
-            self._saved.append((owner, owner.synchronize))
-            owner.synchronize = self._timed(owner.synchronize)
+    def __enter__(self) -> CallTimes:
+        for owner, name, method in self._saved:
+            setattr(owner, name, self._timed(method))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for owner, method in self._saved:
-            owner.synchronize = method
+        for owner, name, method in self._saved:
+            setattr(owner, name, method)
 
     def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -209,6 +208,12 @@ class HostWaits:
                 self.seconds += time.perf_counter() - start
 
         return timed
+
+
+def host_waits() -> CallTimes:
+    """Return the time in synchronize() of torch.cuda's events and streams."""
+    owners: tuple[Any, ...] = (torch.cuda.Event, torch.cuda.Stream, torch.cuda)
+    return CallTimes(*((owner, "synchronize") for owner in owners))
 
 
 class ProfileReport:
