@@ -80,7 +80,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def start(path: Path, **kwargs: Any) -> LLM:
-    return LLM(str(path), **{"dtype": "float32", "use_tqdm_on_load": False, "max_model_len": 64, **kwargs})
+    defaults = {"dtype": "float32", "device": "cpu", "use_tqdm_on_load": False, "max_model_len": 64}
+    return LLM(str(path), **{**defaults, **kwargs})
 
 
 def run(llm: LLM, params: list[SamplingParams]) -> list[list[int]]:
@@ -118,6 +119,30 @@ def test_scheduling_changes_no_token(
     assert run(llm, make_params()) == alone
     assert bool(preempted) == ("num_gpu_blocks_override" in options)
     assert core.scheduler._num_grammars == 0 and not core.scheduler._compiling
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"enforce_eager": True},
+        {"async_scheduling": False},
+        {"async_scheduling": False, "enforce_eager": True},
+        {"max_num_batched_tokens": 9},
+        {"num_gpu_blocks_override": 17, "block_size": 4, "max_model_len": 60},
+    ],
+    ids=["graphs", "eager", "sync", "sync eager", "chunked", "preempted"],
+)
+def test_cuda_draws_the_same_tokens(
+    tiny: Path, alone: list[list[int]], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The masks go between the recorded model and the recorded sampling."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    llm = start(tiny, device="cuda", max_num_seqs=8, kv_cache_memory_bytes=1 << 24, **options)
+    assert run(llm, make_params()) == alone
+    assert run(llm, make_params()) == alone  # by graphs that free rows have used as well
 
 
 def test_every_output_follows_and_free_rows_do_not_notice(tiny: Path, alone: list[list[int]]) -> None:
@@ -228,7 +253,7 @@ def test_a_slow_grammar_fails_alone_and_others_run_meanwhile(
 
     def compile_slowly(self: XgrammarBackend, spec: tuple[str, str]) -> Any:
         if spec[1] == "slow":
-            time.sleep(1.5)
+            time.sleep(6)
         return compile_spec(self, spec)
 
     monkeypatch.setattr(XgrammarBackend, "compile", compile_slowly)
@@ -237,7 +262,7 @@ def test_a_slow_grammar_fails_alone_and_others_run_meanwhile(
     manager = engine.engine_core.engine_core.scheduler.grammar_compiler
     assert isinstance(manager, StructuredOutputManager)
     run(llm, make_params())  # the tokenizer is read
-    manager.pool._timeout_s = 0.4
+    manager.pool._timeout_s = 1.5
     engine.add_request("slow", {"prompt_token_ids": [5]}, SamplingParams(structured_outputs=structure(regex="slow")))
     engine.add_request("aborted", {"prompt_token_ids": [5]}, SamplingParams(structured_outputs=structure(regex="slow")))
     for i, params in enumerate(make_params()):
@@ -254,9 +279,9 @@ def test_a_slow_grammar_fails_alone_and_others_run_meanwhile(
         if len(finished) == 3:
             engine.abort_request(["aborted"])
     assert list(finished)[-1] == "slow" and len(finished) == len(PROMPTS) + 1
-    assert finished["slow"].finish_reason == "error" and "longer than 0.4 s" in finished["slow"].stop_reason
-    assert time.monotonic() - began < 1.4
-    assert num_steps < 300  # it does not spin while it waits
+    assert finished["slow"].finish_reason == "error" and "longer than 1.5 s" in finished["slow"].stop_reason
+    assert time.monotonic() - began < 5
+    assert num_steps < 500  # it does not spin while it waits
     assert not manager._waiting
 
 
