@@ -63,8 +63,8 @@ def test_a_record_is_what_happened(chat: bool) -> None:
     assert record.error is None
     assert (record.num_prompt_tokens, record.num_output_tokens, record.num_tokens) == (7, 5, 5)
     assert len(record.event_times) == 5 and record.event_times == sorted(record.event_times)
-    assert record.ttft_s is not None and 0.11 < record.ttft_s < 0.5
-    assert record.tpot_s is not None and 0.018 < record.tpot_s < 0.1
+    assert record.ttft_s is not None and 0.11 < record.ttft_s < 2
+    assert record.tpot_s is not None and 0.018 < record.tpot_s < 0.5
     assert len(record.itls_s) == 4
     assert record.e2e_s >= 0.1 + 5 * 0.02
     body = stub.requests[0]

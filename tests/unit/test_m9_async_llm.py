@@ -338,7 +338,7 @@ def test_a_long_prompt_is_tokenized_beside_the_event_loop(engine: AsyncLLM, monk
     process = engine.processor.process_inputs
 
     def slow(*args: Any, **kwargs: Any) -> Any:
-        time.sleep(0.3)
+        time.sleep(2.0)
         return process(*args, **kwargs)
 
     monkeypatch.setattr(engine.processor, "process_inputs", slow)
@@ -349,7 +349,7 @@ def test_a_long_prompt_is_tokenized_beside_the_event_loop(engine: AsyncLLM, monk
         started = time.monotonic()
         for _ in range(10):
             await asyncio.sleep(0.001)
-        assert time.monotonic() - started < 0.2
+        assert time.monotonic() - started < 1.0
         assert engine.num_unfinished_requests() == 1
         assert comparable((await task)[-1]) == comparable(offline(PROMPT, SamplingParams(max_tokens=3)))
 

@@ -342,8 +342,8 @@ def test_a_client_that_leaves_ends_its_request(server: Served, path: str, stream
         if stream:
             assert b"data: " in sock.recv(4096) + sock.recv(4096)
     left = time.monotonic()
-    wait_until(lambda: server.engine.num_running == 0, timeout_s=2)
-    assert time.monotonic() - left < 1
+    wait_until(lambda: server.engine.num_running == 0, timeout_s=5)
+    assert time.monotonic() - left < 3
     assert len(server.engine.aborted) == num_prompts
 
 
