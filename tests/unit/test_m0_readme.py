@@ -184,7 +184,8 @@ SERVE_URL = "http://127.0.0.1:8000"
 
 def run_server(words: list[str], request: str, workdir: Path) -> None:
     """`folovllm serve ...`, which does not end: start it, run `request` against it if there is one, and end it."""
-    with LocalServer(words[2:], command=words[:2]) as server:
+    program = Path(sys.executable).parent / words[0]  # as `run` finds it
+    with LocalServer(words[2:], command=[str(program), words[1]]) as server:
         if request:
             answer = json.loads(run(request.replace(SERVE_URL, server.url), workdir))
             assert answer["choices"][0]["message"]["content"], answer
