@@ -28,11 +28,12 @@ typedef struct {
     const void *final_norm; /* [E] */
     int64_t num_layers, E, I, H, Hkv, D, Bs, block_stride, value_offset, max_position;
     /* The step. */
-    void *hidden, *out;                  /* [T, E] each; hidden is overwritten */
+    void *hidden, *out;                  /* [T, E], overwritten; [T, E], or [num_outputs, E] */
     const int64_t *positions, *slots;    /* [T] */
     const int32_t *table, *seq_lens;     /* [B, table_stride], [B] */
     const int32_t *rows, *reqs, *chunks; /* of the decodes [num_decodes] or NULL; of the chunks [num_chunks, 4] */
-    int64_t T, table_stride, num_decodes, num_chunks;
+    const int64_t *output_rows;          /* [num_outputs], ascending: the tokens that are wanted; NULL: all */
+    int64_t T, table_stride, num_decodes, num_chunks, num_outputs;
     float eps, head_eps, scale;
     int num_threads;
 } decoder_t;
@@ -42,6 +43,12 @@ static void project(const weight_t *w, const void *x, void *out, int64_t T, int6
                     int num_threads) {
     linear_t a = {x, w->w, w->bias, add ? out : NULL, out, NULL, T, K, N, K, silu_mul, 0, w->scales, w->zeros, w->group};
     multiply_bf16(&a, num_threads);
+}
+
+/* Move rows[i] of x [., width] to row i; the rows ascend, so none is overwritten before it has moved. */
+static void keep_rows(bf16 *x, int64_t width, const int64_t *rows, int64_t num_rows) {
+    for (int64_t i = 0; i < num_rows; i++)
+        memmove(x + i * width, x + rows[i] * width, (size_t)width * sizeof(bf16));
 }
 
 static void run_layers(const void *args) {
@@ -64,6 +71,11 @@ static void run_layers(const void *args) {
         if (a->num_chunks)
             folo_paged_prefill_bf16(qkv, l->kv_cache, a->table, a->chunks, attended, a->num_chunks, a->H, a->Hkv, a->D,
                                     a->Bs, a->block_stride, a->value_offset, width, a->table_stride, a->scale, n);
+        if (a->output_rows && l == a->layers + a->num_layers - 1) { /* nothing reads the others any more */
+            T = a->num_outputs;
+            keep_rows(attended, heads, a->output_rows, T);
+            keep_rows(a->hidden, E, a->output_rows, T);
+        }
         project(&l->o, attended, a->hidden, T, heads, E, 0, 1, n);
         folo_rms_norm_bf16(a->hidden, l->post_norm, NULL, normed, T, E, E, a->eps, n);
         project(&l->gate_up, normed, activated, T, E, a->I, 1, 0, n);

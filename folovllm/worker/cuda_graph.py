@@ -83,7 +83,7 @@ class StepGraphs:
         self._steps[size].replay()
 
     def replay_prompt(self, size: int) -> torch.Tensor:
-        """Run a prompt step of a recorded size; return its hidden states [size, E], good until the next replay."""
+        """Run a prompt step of a recorded size; return hidden states [MAX_CHUNKS, E], good until the next replay."""
         self._prompt_steps[size].replay()
         return self._hidden[size]
 

@@ -94,6 +94,7 @@ class GPUModelRunner(ModelRunner):
             impl = next(iter(self._attention_layers().values())).impl
             assert isinstance(impl, TritonPagedImpl)
             self._tile_tokens = impl.prefill_tile_tokens(self.dtype, device)
+            self._output_rows = torch.zeros(MAX_CHUNKS, dtype=torch.int64, device=device)
             self._tiles = torch.zeros((self._max_tiles(max(PROMPT_SIZES)), 4), dtype=torch.int32, device=device)
         return num_bytes
 
@@ -225,7 +226,10 @@ class GPUModelRunner(ModelRunner):
         self.model.lm_head.compute_into(self._logits[:size], hidden)
 
     def launch_prompt(self, size: int) -> torch.Tensor:
-        """Launch the layers for `size` tokens of prompt chunks, of which `_tiles` says whose they are: [size, E]."""
+        """Launch the layers for `size` tokens of prompt chunks, of which `_tiles` says whose they are.
+
+        Returns the hidden states of `_output_rows`, [MAX_CHUNKS, E].
+        """
         inputs = self.inputs
         assert issubclass(self.attn_backend, TritonPagedBackend)
         metadata = self.attn_backend.build_prompt_metadata(
@@ -237,6 +241,7 @@ class GPUModelRunner(ModelRunner):
             block_table=inputs.block_table,
             slot_mapping=inputs.slot_mapping[:size],
         )
+        metadata.output_rows = self._output_rows
         hidden: torch.Tensor = self.model(inputs.input_ids[:size], inputs.positions[:size], metadata)
         return hidden
 
@@ -278,12 +283,11 @@ class GPUModelRunner(ModelRunner):
             self.inputs.unpack(num_tokens, layout.num_reqs)
             if prompt_size:
                 assert self.graphs is not None
-                hidden = self.graphs.replay_prompt(prompt_size)
+                hidden = self.graphs.replay_prompt(prompt_size)[: layout.num_reqs]
             else:
                 hidden = self.model(self.inputs.input_ids[:num_tokens], self.inputs.positions[:num_tokens], metadata)
             prompt_logprobs = self._gather_prompt_logprobs(hidden, num_scheduled, metadata)
-            last_rows = metadata.query_start_loc[1:] - 1
-            self.model.lm_head.compute_into(self._logits[: layout.num_reqs], hidden[last_rows])
+            self.model.lm_head.compute_into(self._logits[: layout.num_reqs], self._hidden_of_last(hidden, metadata))
         watch.lap("forward")
         self.input_batch.sampling_metadata.grammar_mask = self._grammar_mask(get_grammar_output)
         tokens, logprobs = self._draw_tokens(metadata, graph_size)
@@ -320,11 +324,14 @@ class GPUModelRunner(ModelRunner):
             requests = range(layout.num_reqs)
             tiles = build_tiles(layout.query_start_loc, layout.seq_lens, requests, self._tile_tokens)
             packed_tiles = inputs.pack(tiles, 4 * self._max_tiles(prompt_size))
+            last_rows = layout.query_start_loc[1:] - 1
+            packed_rows = inputs.pack(last_rows, MAX_CHUNKS, padding=int(last_rows[-1]))
         inputs.send()
         if len(rows):
             inputs.write_block_table(*changed)
         if prompt_size:
             self._tiles[: self._max_tiles(prompt_size)].copy_(packed_tiles.view(-1, 4))
+            self._output_rows.copy_(packed_rows)
         metadata = layout.metadata(
             query_start_loc=query_start_loc,
             seq_lens=inputs.seq_lens[: layout.num_reqs],
@@ -333,6 +340,7 @@ class GPUModelRunner(ModelRunner):
         )
         if graph_size or prompt_size:
             return metadata
+        self._choose_output_rows(metadata)
         return self.attn_backend.build_metadata(metadata, self.block_size, self.dtype)
 
     def _source_rows(self, layout: StepLayout) -> np.ndarray:

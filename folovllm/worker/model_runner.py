@@ -273,7 +273,7 @@ class ModelRunner:
         watch.lap("prepare")
         hidden = self.model(input_ids, positions, metadata)
         prompt_logprobs = self._gather_prompt_logprobs(hidden, num_scheduled, metadata)
-        logits = self.model.compute_logits(hidden[metadata.query_start_loc[1:].long() - 1])
+        logits = self.model.compute_logits(self._hidden_of_last(hidden, metadata))
         watch.lap("forward")
         self.input_batch.sampling_metadata.grammar_mask = self._grammar_mask(get_grammar_output)
         step = self._sample(logits, num_scheduled, metadata, prompt_logprobs)
@@ -380,9 +380,22 @@ class ModelRunner:
             block_table=table.get_device_tensor(layout.num_reqs),
             slot_mapping=self._to_device(layout.slot_mapping),
         )
+        self._choose_output_rows(metadata)
         metadata = self.attn_backend.build_metadata(metadata, self.block_size, self.dtype)
         tokens = self._feed_sampled_tokens(self._to_device(layout.input_ids), metadata)
         return tokens, self._to_device(layout.positions), metadata
+
+    def _choose_output_rows(self, metadata: AttentionMetadata) -> None:
+        """Ask the model for each request's last token alone, unless all are those or a prompt's logits are wanted."""
+        if metadata.num_actual_tokens > metadata.num_reqs and not self.num_prompt_logprobs:
+            metadata.output_rows = metadata.query_start_loc[1:].long() - 1
+
+    @staticmethod
+    def _hidden_of_last(hidden: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+        """Return the hidden states of each request's last token [B, E], of the model's output for this step."""
+        if len(hidden) == metadata.num_reqs:
+            return hidden
+        return hidden[metadata.query_start_loc[1:].long() - 1]
 
     def _feed_sampled_tokens(self, input_ids: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         """Put the tokens of a step in flight, which the host does not know, into the last row of their requests."""

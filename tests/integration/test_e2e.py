@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from folovllm import LLM, RequestOutputKind, SamplingParams
 from folovllm.model_executor.model_loader.named import fetch_named_model
+from folovllm.model_executor.models.llama import LlamaModel
 from folovllm.outputs import Logprob
 from tests.tiny_models import TINY_MODELS, VOCAB_SIZE, reference_greedy, save_tiny_model
 
@@ -65,6 +67,29 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tiny")
     save_tiny_model(path, "qwen3")
     return path
+
+
+def test_only_last_tokens_leave_the_last_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a step with prompts the model returns each request's last token, unless log probabilities want all."""
+    save_tiny_model(tmp_path, "llama")
+    llm = LLM(str(tmp_path), max_model_len=64, **SMALL)
+    forward = LlamaModel.forward
+    shapes: list[tuple[int, int]] = []
+
+    def spy(self: LlamaModel, ids: torch.Tensor, *args: Any) -> torch.Tensor:
+        hidden = forward(self, ids, *args)
+        shapes.append((len(ids), len(hidden)))
+        return hidden
+
+    monkeypatch.setattr(LlamaModel, "forward", spy)
+    prompts = [{"prompt_token_ids": [3, 4, 5]}, {"prompt_token_ids": [6, 7]}]
+    plain = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=2, ignore_eos=True), use_tqdm=False)
+    assert shapes == [(5, 2), (2, 2)]
+    shapes.clear()
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, prompt_logprobs=0)
+    wanted = llm.generate(prompts, params, use_tqdm=False)
+    assert shapes == [(5, 5), (2, 2)]
+    assert [o.outputs[0].token_ids for o in wanted] == [o.outputs[0].token_ids for o in plain]
 
 
 @pytest.mark.parametrize(

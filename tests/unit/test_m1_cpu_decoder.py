@@ -55,14 +55,16 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def run_steps(model: LlamaForCausalLM) -> list[torch.Tensor]:
-    """Logits of a step of prompts, a mixed one, and one of decodes alone; three requests."""
+def run_steps(model: LlamaForCausalLM, last_alone: bool = False) -> list[torch.Tensor]:
+    """Logits of a step of prompts, a mixed one, and one of decodes alone; three requests, or each one's last token."""
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(3, VOCAB_SIZE, (3, 160), generator=generator)
     tables = [list(range(12 * b + 12, 12 * b, -1)) for b in range(3)]
     logits = []
     for chunks in ([(0, 1), (0, 37), (0, 150)], [(1, 2), (37, 60), (150, 151)], [(2, 3), (60, 61), (151, 152)]):
-        metadata = PagedBackend.build_metadata(metadata_for(chunks, tables, BLOCK_SIZE), BLOCK_SIZE, torch.bfloat16)
+        common = metadata_for(chunks, tables, BLOCK_SIZE)
+        common.output_rows = common.query_start_loc[1:].long() - 1 if last_alone else None
+        metadata = PagedBackend.build_metadata(common, BLOCK_SIZE, torch.bfloat16)
         ids = torch.cat([prompts[b, start:end] for b, (start, end) in enumerate(chunks)])
         positions = torch.cat([torch.arange(start, end) for start, end in chunks])
         logits.append(model.compute_logits(model(ids, positions, metadata)))
@@ -92,6 +94,21 @@ def test_equals_calls_one_by_one(name: str, tmp_path: Path, monkeypatch: pytest.
     bind_caches(model)
     for step, expected in zip(together, run_steps(model), strict=True):
         assert (step - expected).norm() < 0.05 * expected.norm(), "other roundings, no other numbers"
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "qwen3-tied"])
+def test_output_rows(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last layer leaves rows out, in one call as in calls one by one; the others are what they were."""
+    save_tiny_model(tmp_path, name, intermediate_size=160, head_dim=32)
+    model = load(tmp_path)
+    all_rows, together = run_steps(model), run_steps(model, last_alone=True)
+    assert isinstance(model.model.cpu_decoder, CPUDecoder), "it was taken"
+    monkeypatch.setattr(CPUDecoder, "takes", lambda *args: False)
+    one_by_one = run_steps(model, last_alone=True)
+    for step, expected, rows in zip(together, one_by_one, ([0, 37, 187], [0, 23, 24], [0, 1, 2]), strict=True):
+        assert torch.equal(step, expected)
+        whole = all_rows.pop(0)[rows]
+        assert (step - whole).norm() < 0.01 * whole.norm(), "other tiles, other roundings"
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,23 @@ def test_logits_equal_transformers(name: str, backend: type[AttentionBackend], t
             torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("backend", [TorchNaiveBackend, PagedBackend])
+@torch.inference_mode()
+def test_output_rows(backend: type[AttentionBackend], tmp_path: Path) -> None:
+    """Only the tokens that are asked for come out, with the values they have among all."""
+    save_tiny_model(tmp_path, "qwen3")
+    model = load(tmp_path, backend)
+    ids, positions = torch.arange(3, 43), torch.cat([torch.arange(30), torch.arange(10)])
+    hidden = []
+    for rows in (None, torch.tensor([4, 29, 39])):
+        bind_caches(model, 6, 16)
+        common = metadata_for([(0, 30), (0, 10)], [[5, 2], [3]], 16)
+        common.output_rows = rows
+        hidden.append(model(ids, positions, backend.build_metadata(common, 16, torch.float32)))
+    assert hidden[0].shape[0] == 40 and hidden[1].shape[0] == 3
+    torch.testing.assert_close(hidden[1], hidden[0][[4, 29, 39]], atol=1e-5, rtol=0)
+
+
 def test_the_comparison_notices_a_wrong_rope(tmp_path: Path) -> None:
     """The oracle test above can fail: a wrong rotary base moves logits by far more than its tolerance."""
     reference = save_tiny_model(tmp_path, "llama")

@@ -9,7 +9,7 @@ Legend: T tokens in the step, B requests, H heads, Hkv KV heads, D head size, Nb
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -43,6 +43,11 @@ class AttentionMetadata:
     """query_start_loc on the host, so that no backend has to wait for the device."""
     seq_lens_cpu: list[int]
     """seq_lens on the host."""
+    output_rows: torch.Tensor | None = field(default=None, kw_only=True)
+    """[n] int64 on the device, ascending: the tokens whose hidden states are read after the last layer; None: all.
+
+    The last layer computes keys and values of the others, and leaves it at that. vLLM computes all, then selects.
+    """
 
 
 class AttentionImpl(ABC):

@@ -52,7 +52,8 @@ class _DecoderArguments(ctypes.Structure):
             (name, PTR)
             for name in ("hidden", "out", "positions", "slots", "table", "seq_lens", "rows", "reqs", "chunks")
         ],
-        *[(name, I64) for name in ("T", "table_stride", "num_decodes", "num_chunks")],
+        ("output_rows", PTR),
+        *[(name, I64) for name in ("T", "table_stride", "num_decodes", "num_chunks", "num_outputs")],
         *[(name, F32) for name in ("eps", "head_eps", "scale")],
         ("num_threads", INT),
     ]
@@ -109,9 +110,10 @@ class CPUDecoder:
         return any(layer.attn.kv_cache is not cache for layer, cache in zip(layers, self._caches, strict=True))
 
     def run(self, hidden: torch.Tensor, positions: torch.Tensor, metadata: PagedMetadata) -> torch.Tensor:
-        """Return the normed hidden states [T, E] for `hidden` [T, E], which is overwritten, at positions [T] int64."""
-        out = torch.empty_like(hidden)
-        table, chunks = metadata.block_table, metadata.chunk_table
+        """Return LlamaModel.forward's states for `hidden` [T, E], which is overwritten, at positions [T] int64."""
+        table, chunks, wanted = metadata.block_table, metadata.chunk_table, metadata.output_rows
+        out = torch.empty_like(hidden) if wanted is None else hidden.new_empty(len(wanted), hidden.shape[1])
+        assert wanted is None or (wanted.is_contiguous() and wanted.dtype == torch.int64)
         assert hidden.is_contiguous() and positions.is_contiguous() and metadata.slot_mapping.is_contiguous()
         assert positions.dtype == metadata.slot_mapping.dtype == torch.int64
         assert table.dtype == metadata.seq_lens.dtype == torch.int32 and table.stride(1) == 1
@@ -122,6 +124,7 @@ class CPUDecoder:
         a.chunks = _address(chunks)
         a.T, a.table_stride, a.num_decodes = hidden.shape[0], table.stride(0), metadata.num_decodes
         a.num_chunks = 0 if chunks is None else chunks.shape[0]
+        a.output_rows, a.num_outputs = _address(wanted), out.shape[0]
         a.num_threads = torch.get_num_threads()
         cpu_kernels.decoder(ctypes.addressof(a))
         return out

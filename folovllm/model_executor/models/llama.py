@@ -190,7 +190,7 @@ class LlamaModel(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, attn_metadata: AttentionMetadata
     ) -> torch.Tensor:
-        """Return hidden states [T, E] for input_ids and positions [T]."""
+        """Return hidden states [T, E] for input_ids and positions [T]; of attn_metadata.output_rows alone, if given."""
         hidden = self.embed_tokens(input_ids)
         if fused_decoder.can_fuse(self, hidden):
             return fused_decoder.run_layers(self, hidden, positions, attn_metadata)
@@ -199,7 +199,7 @@ class LlamaModel(nn.Module):
         for layer in self.layers:
             hidden, residual = layer(hidden, residual, cos_sin, attn_metadata)
         normed: torch.Tensor = self.norm(hidden, residual)[0]
-        return normed
+        return normed if attn_metadata.output_rows is None else normed[attn_metadata.output_rows]
 
 
 class LlamaForCausalLM(nn.Module):
@@ -230,7 +230,7 @@ class LlamaForCausalLM(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, attn_metadata: AttentionMetadata
     ) -> torch.Tensor:
-        """Return hidden states [T, E]; logits are computed only for the rows that need them."""
+        """Return hidden states as LlamaModel.forward does; logits are computed only for the rows that need them."""
         hidden: torch.Tensor = self.model(input_ids, positions, attn_metadata)
         return hidden
 
