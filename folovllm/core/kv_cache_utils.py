@@ -18,7 +18,7 @@ from typing import Any, NewType, cast
 from folovllm.config import VllmConfig
 from folovllm.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
 from folovllm.request import Request
-from folovllm.utils.common import GiB, cdiv, pack_ints, sha256, sha256_blocks
+from folovllm.utils.common import GiB, cdiv, pack_ints, sha256, sha256_blocks, sha256_packed_blocks
 
 BlockHash = NewType("BlockHash", bytes)
 """Name of a full block's content, its prefix included."""
@@ -108,7 +108,7 @@ class RecentChains:
         shared = _num_shared_blocks(packed, known_tokens, step)
         digests = known[:shared]
         parent = digests[-1] if digests else NONE_HASH
-        digests += sha256_blocks(parent, token_ids[shared * self._block_size :], self._block_size)
+        digests += sha256_packed_blocks(parent, packed[shared * step :], self._block_size)
         self._chains[key] = (packed, digests)
         if len(self._chains) > self._max_chains:
             del self._chains[next(iter(self._chains))]

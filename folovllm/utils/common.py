@@ -133,17 +133,27 @@ def sha256_blocks(parent: bytes, token_ids: Sequence[int], block_size: int) -> l
     """
     num_tokens = len(token_ids) // block_size * block_size
     packed = pack_ints(token_ids[:num_tokens])
+    if packed is not None:
+        return sha256_packed_blocks(parent, packed, block_size)
     digests: list[bytes] = []
-    if packed is None:  # not plain ints: the slow way
-        for start in range(0, num_tokens, block_size):
-            parent = sha256((parent, tuple(token_ids[start : start + block_size]), None))
-            digests.append(parent)
-        return digests
+    for start in range(0, num_tokens, block_size):
+        parent = sha256((parent, tuple(token_ids[start : start + block_size]), None))
+        digests.append(parent)
+    return digests
+
+
+def sha256_packed_blocks(parent: bytes, packed: bytes, block_size: int) -> list[bytes]:
+    """Return `sha256_blocks` of the ids that `pack_ints` packed: whole blocks."""
+    sha256_of = hashlib.sha256
     step = 8 * block_size
     middle = struct.pack("<cQc", b"t", block_size, b"*")
+    digests: list[bytes] = []
+    num_bytes, head = -1, b""
     for start in range(0, len(packed), step):
-        head = struct.pack("<cQcQ", b"t", 3, b"b", len(parent))
-        parent = hashlib.sha256(b"".join((head, parent, middle, packed[start : start + step], b"N"))).digest()
+        if len(parent) != num_bytes:
+            num_bytes = len(parent)
+            head = struct.pack("<cQcQ", b"t", 3, b"b", num_bytes)
+        parent = sha256_of(head + parent + middle + packed[start : start + step] + b"N").digest()
         digests.append(parent)
     return digests
 

@@ -15,7 +15,9 @@ not record in CUDA graphs it leaves to torch.compile, whose launchers are made o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -57,6 +59,8 @@ class FastKernel:
         return getattr(self.kernel, name)
 
     def _launch(self, grid: tuple[int, ...], *args: Any, **options: Any) -> Any:
+        if _compiled_only is not None:
+            return self._compile(grid, *args, **options)
         kinds = kinds_of(args)
         if kinds is None:
             return self.kernel[grid](*args, **options)
@@ -74,6 +78,56 @@ class FastKernel:
         stream = driver.active.get_current_stream(device)
         compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *constants)
         return compiled
+
+    def _compile(self, grid: tuple[int, ...], *args: Any, **options: Any) -> Any:
+        assert _compiled_only is not None
+        # What is compiled once too often or too seldom costs time alone, so descriptors are told apart by their tiles.
+        kinds = [(kinds_of([arg]), tuple(getattr(arg, "block_shape", ()))) for arg in args]
+        key = (self, str(kinds), *options.items())
+        if key not in _compiled_only:
+            _compiled_only[key] = self.kernel.warmup(*args, grid=grid, **options)
+        return _compiled_only[key]
+
+
+_compiled_only: dict[tuple[Any, ...], Any] | None = None
+"""What was compiled in the current `compile_only`; None outside."""
+
+
+@contextmanager
+def compile_only(device: torch.device, num_threads: int) -> Iterator[None]:
+    """Inside the block `fast_launch` kernels are compiled instead of launched, `num_threads` at a time; then loaded.
+
+    So a step may be "run" once for each way it can go, in no time and on no data, and all its kernels are compiled side
+    by side: run for real, each would wait for the one before it. Not for several threads at once. Any other kernel
+    is launched, on whatever the memory holds.
+    """
+    global _compiled_only
+    if not triton.__version__.startswith(KNOWN_TRITON):
+        yield
+        return
+    with _LoadingPool(device, num_threads) as pool, triton.AsyncCompileMode(pool):
+        _compiled_only = {}
+        try:
+            yield
+        finally:
+            _compiled_only = None
+
+
+class _LoadingPool(ThreadPoolExecutor):
+    """Threads that compile kernels and load them to the GPU: Triton would do the latter at the first launch."""
+
+    def __init__(self, device: torch.device, num_threads: int) -> None:
+        super().__init__(num_threads)
+        self.device = device
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        def load() -> Any:
+            with torch.cuda.device(self.device):
+                kernel = fn(*args, **kwargs)
+                kernel._init_handles()
+            return kernel
+
+        return super().submit(load)
 
 
 def kinds_of(args: Sequence[Any]) -> list[Any] | None:

@@ -11,8 +11,6 @@ finds them; the copy to the host runs behind the device's back (StepInFlight).
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,6 +29,7 @@ from folovllm.sample.metadata import SamplingMetadata
 from folovllm.sample.ops.fused_sampler import can_sample_on_device, sample_tokens
 from folovllm.sample.ops.grammar_mask import GrammarMask, apply_grammar_mask
 from folovllm.utils.common import cdiv
+from folovllm.utils.triton_launch import compile_only
 from folovllm.worker.block_table import PADDING_SLOT
 from folovllm.worker.cuda_graph import MAX_CHUNKS, PROMPT_SIZES, SAMPLING_KINDS, StepGraphs
 from folovllm.worker.model_runner import ModelRunner, StepLayout
@@ -100,32 +99,30 @@ class GPUModelRunner(ModelRunner):
 
     @torch.inference_mode()
     def compile_kernels(self) -> None:
-        """Compile the kernels of the decode sizes, of sampling, of a mixed step and of a prompt, several at a time.
+        """Compile the kernels of the decode sizes, of sampling, of a mixed step and of prompts, several at a time.
 
-        Each step is launched once, over a scratch cache, from its own thread: the compiler works outside of Python's
-        lock. All sequence lengths are 0, so that nothing is read or written that launches side by side would share.
-        The largest size goes first and alone: it has the kernels that all sizes share.
+        Each step is gone through once without its kernels, over a scratch cache: see compile_only. Those that take
+        longest to compile go first, and what keeps this thread busy (libraries load) last.
         """
         if not issubclass(self.attn_backend, TritonPagedBackend):
             return
-        sizes = self.graph_sizes()
-        products = self._products()
-        is_packed = any(product.quant_method.packed_weight(product) is not None for product in products)
+        is_packed = any(p.quant_method.packed_weight(p) is not None for p in self._products())
         own_kernels = {*SIZES_OF_THEIR_OWN_KERNELS, *(ROW_BUCKETS if is_packed else ())}
-        jobs: list[Callable[[], object]] = [partial(self.launch_decode, size) for size in sizes if size in own_kernels]
-        jobs += [partial(self.launch_sampling, 1, kind) for kind in SAMPLING_KINDS]
-        jobs.append(self._launch_grammar_mask)
-        jobs.append(self._launch_mixed_step)
-        jobs += [partial(self.launch_prompt, size) for size in self.prompt_sizes()[-1:]]
-        with self._scratch_cache(1), ThreadPoolExecutor(COMPILE_THREADS) as pool:
-            # The threads' streams do not wait for this one's, which may still be filling what their kernels read.
-            torch.cuda.synchronize(self.device)
-            if sizes:
-                _in_inference_mode(partial(self.launch_decode, sizes[-1]), self.device)
-            futures = [pool.submit(_in_inference_mode, job, self.device) for job in jobs]
-            for future in futures:
-                future.result()
-            torch.cuda.synchronize(self.device)
+        sizes = self.graph_sizes()
+        with compile_only(self.device, COMPILE_THREADS):
+            with self._scratch_cache(1):
+                for kind in reversed(SAMPLING_KINDS):
+                    self.launch_sampling(1, kind)
+                for size in sizes:
+                    if size in own_kernels or size == sizes[-1]:
+                        self.launch_decode(size)
+                for size in self.prompt_sizes()[-1:]:
+                    self.launch_prompt(size)
+                self._launch_mixed_step()
+                self._launch_grammar_mask()
+                packed = self.inputs.pack(np.zeros(1, dtype=np.int32))
+                self.inputs.write_block_table(packed, packed)
+            self.profile_run()
 
     def _launch_grammar_mask(self) -> None:
         """Launch the masking of a row, with a mask that allows every token."""
@@ -388,9 +385,3 @@ class GPUModelRunner(ModelRunner):
             if metadata.seeds is not None:
                 self._seeds[:num_reqs].copy_(metadata.seeds)
         return "temperature" if metadata.top_k is None and metadata.top_p is None else "restricted"
-
-
-def _in_inference_mode(job: Callable[[], object], device: torch.device) -> None:
-    """Run `job` in this thread as the main one would: torch's modes and streams belong to threads."""
-    with torch.inference_mode(), torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
-        job()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from folovllm.utils.triton_launch import FastKernel, fast_launch, kinds_of  # noqa: E402
+from folovllm.utils.triton_launch import FastKernel, compile_only, fast_launch, kinds_of  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -72,6 +73,29 @@ def test_a_launch_like_one_before_is_found_again() -> None:
     check(x, None, 96, 1, 2.0, False, kernel)
     check(x, None, 100, 1, 2.0, True, kernel)
     assert len(kernel._compiled) == 4
+
+
+@pytest.mark.gpu
+def test_compile_only_compiles_and_does_not_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind once, loaded, in other threads; a later launch finds it and writes what it should."""
+    compiled: list[tuple[str, bool]] = []
+    on_main = threading.current_thread()
+
+    def listener(*, src: Any, **kwargs: Any) -> None:
+        compiled.append((src.name, threading.current_thread() is on_main))
+
+    kernel = FastKernel(triton.jit(scale_kernel.kernel.fn))
+    x, out = torch.randn(256, device=DEVICE), torch.full((96,), 7.0, device=DEVICE)
+    monkeypatch.setattr(triton.knobs.compilation, "listener", listener)
+    with compile_only(torch.device(DEVICE, 0), 2):
+        for n in (96, 96, 64, 77):
+            kernel[(2,)](x, None, out, 2.0, n, 1, BLOCK=64, TWICE=False, num_warps=1)
+    assert compiled == [("scale_kernel", False)] * 2, "96 and 64 are alike, 77 is not"
+    assert (out == 7.0).all()
+    kernels = [k for cache in kernel.kernel.device_caches.values() for k in cache[0].values()]
+    assert len(kernels) == 2 and all(k.module is not None for k in kernels), "loaded"
+    check(x, None, 96, 1, 2.0, False, kernel)
+    assert len(compiled) == 2
 
 
 def test_kinds() -> None:

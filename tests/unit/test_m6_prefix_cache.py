@@ -26,7 +26,7 @@ from folovllm.core.kv_cache_utils import (
 )
 from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
-from folovllm.utils.common import sha256, sha256_blocks
+from folovllm.utils.common import sha256, sha256_blocks, sha256_packed_blocks
 from tests.core_utils import FakeEngine, create_scheduler, expected_tokens, make_request
 
 BS = 4
@@ -73,7 +73,7 @@ def test_none_hash_survives_a_reload() -> None:
     program = """
 import importlib
 import folovllm.core.kv_cache_utils as utils
-from folovllm.utils.common import sha256, sha256_blocks
+from folovllm.utils.common import sha256, sha256_blocks, sha256_packed_blocks
 from tests.core_utils import make_manager, make_request
 
 request, before = make_request("r", range(16)), utils.NONE_HASH
@@ -391,11 +391,11 @@ def test_recent_chains_give_the_hashes_of_a_chain_made_anew(prompts: list[tuple[
 def test_recent_chains_hash_a_shared_prefix_once(monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[int] = []
 
-    def counting(parent: bytes, token_ids: list[int], block_size: int) -> list[bytes]:
-        hashed.append(len(token_ids) // block_size)
-        return sha256_blocks(parent, token_ids, block_size)
+    def counting(parent: bytes, packed: bytes, block_size: int) -> list[bytes]:
+        hashed.append(len(packed) // 8 // block_size)
+        return sha256_packed_blocks(parent, packed, block_size)
 
-    monkeypatch.setattr(kv_cache_utils, "sha256_blocks", counting)
+    monkeypatch.setattr(kv_cache_utils, "sha256_packed_blocks", counting)
     chains = kv_cache_utils.RecentChains(4, max_chains=2)
     prefix = list(range(40))
     chains.hash_prompt([*prefix, 7, 7, 7, 7])

@@ -10,10 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
+from folovllm.utils.triton_launch import fast_launch
+
 BLOCK = 4096
 """Tokens of a program: 128 words."""
 
 
+@fast_launch
 @triton.jit  # type: ignore[untyped-decorator]
 def _mask_kernel(logits, rows, bitmask, vocab_size, logits_stride, bitmask_stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Grid (G, ceil(V / BLOCK)); logits [B, V], rows [G], bitmask [G, W]."""

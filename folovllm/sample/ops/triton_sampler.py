@@ -460,7 +460,8 @@ def sample_tokens(
     tiles_per_split = cdiv(tiles, splits)
     splits = cdiv(tiles, tiles_per_split)
     restricted = temperature is not None and (top_k is not None or top_p is not None)
-    scores = torch.empty((2, batch_size, splits), dtype=torch.float32, device=logits.device)
+    # Apart, so that both addresses are aligned: else some batch sizes would have kernels of their own.
+    scores, maxima = (torch.empty((batch_size, splits), dtype=torch.float32, device=logits.device) for _ in range(2))
     ids = torch.empty((batch_size, splits), dtype=torch.int32, device=logits.device)
     options = {"launch_pdl": True} if pdl else {}
     _race_kernel[(batch_size, splits)](
@@ -469,9 +470,9 @@ def sample_tokens(
         temperature,
         seeds,
         positions,
-        scores[0],
+        scores,
         ids,
-        scores[1],
+        maxima,
         vocab_size,
         tiles_per_split * block,
         HAS_TEMPERATURE=temperature is not None,
@@ -483,7 +484,7 @@ def sample_tokens(
     )
     if not restricted:
         _pick_kernel[(batch_size,)](
-            scores[0], ids, out, splits, vocab_size, SPLITS=_MAX_SPLITS, PDL=pdl, num_warps=1, **options
+            scores, ids, out, splits, vocab_size, SPLITS=_MAX_SPLITS, PDL=pdl, num_warps=1, **options
         )
         return out
     candidates = torch.empty((2, batch_size, cap), dtype=torch.float32, device=logits.device)
@@ -495,9 +496,9 @@ def sample_tokens(
         positions,
         top_k,
         top_p,
-        scores[0],
+        scores,
         ids,
-        scores[1],
+        maxima,
         candidates[0],
         candidates[1].view(torch.int32),
         out,
