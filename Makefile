@@ -10,7 +10,8 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --disable-pip-version-check -c
 STEP = @echo "==>"
-# The variable: no notice about the theme's plans in every build.
+# The variable: no notice about the theme's plans in every build. Never with --quiet: warnings are then not made, and
+# --strict has none to refuse.
 MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
 .DEFAULT_GOAL := help
@@ -45,11 +46,11 @@ lint: $(VENV)/.dev-stamp  ## Ruff, mypy, import-linter, size check, documentatio
 	$(STEP) "size check"
 	$(BIN)/python tools/check_size.py
 	$(STEP) "mkdocs: the documentation builds, and no link is broken"
-	$(MKDOCS) build --strict --quiet --site-dir $(abspath $(VENV))/site
+	$(MKDOCS) build --strict --site-dir $(abspath $(VENV))/site
 
 docs: $(VENV)/.dev-stamp  ## Documentation and API reference as HTML in site
 	$(STEP) "mkdocs"
-	$(MKDOCS) build --strict --quiet --site-dir $(abspath $(DOCS))
+	$(MKDOCS) build --strict --site-dir $(abspath $(DOCS))
 	@echo "open $(DOCS)/index.html"
 
 test-lower: $(VENV_LOWER)/.stamp  ## The tests again with the lowest dependency versions allowed

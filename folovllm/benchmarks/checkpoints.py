@@ -78,7 +78,8 @@ def gptq_checkpoint(
         quantization = {"quant_method": "gptq", "bits": 4, "group_size": size, "sym": True, "desc_act": False}
         return _write_config(folder / "models" / "gptq", hf_config | {"quantization_config": quantization})
     samples, length = calibration
-    output = _cache_folder(engine_args.model, f"gptq4-g{size}-{samples}x{length}-v{__version__}")
+    revision = f"{engine_args.revision}-" if engine_args.revision else ""
+    output = _cache_folder(engine_args.model, f"{revision}gptq4-g{size}-{samples}x{length}-v{__version__}")
     arguments = [
         *("quantize", engine_args.model, "--group-size", str(size), "--quiet", "--device", engine_args.device),
         *("--num-samples", str(samples), "--seq-len", str(length)),
@@ -99,12 +100,12 @@ def hugging_face_folder(engine_args: EngineArgs, model: str, env: dict[str, str]
 
 
 def _cache_folder(model: str, kind: str) -> Path:
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name if Path(model).exists() else model)
+    name = Path(model).name if Path(model).exists() else model
     if Path(model).exists():
         # Two folders of one name, or one whose content was replaced, are not the same model.
         stamp = f"{Path(model).resolve()} {Path(model).stat().st_mtime_ns}"
         name += "-" + hashlib.sha256(stamp.encode()).hexdigest()[:12]
-    return default_cache_dir() / "ladder" / f"{name}-{kind}"
+    return default_cache_dir() / "ladder" / re.sub(r"[^A-Za-z0-9._-]+", "-", f"{name}-{kind}")
 
 
 def _make(output: Path, command: list[str], env: dict[str, str]) -> None:

@@ -19,12 +19,11 @@ import msgspec
 
 from folovllm.benchmarks.rungs import Sizes
 from folovllm.benchmarks.schema import MemoryRecord, PerplexityRecord, RunRecord, write_record
-from folovllm.benchmarks.workload import Workload
+from folovllm.benchmarks.workload import WARM_UP_SEED, Workload
 
 STARTED = time.perf_counter()
-WARM_UP_SEED = 1 << 20
-"""Token ids of the untimed requests: no round draws these."""
 WARM_UP_TOKENS = 4
+"""Output tokens of most requests of a short warm-up."""
 MODEL_FIELDS = (
     "architectures",
     "hidden_size",
@@ -54,6 +53,8 @@ class ChildSpec(msgspec.Struct):
     """As the process is started with; the record tells what arrived."""
     sizes: Sizes
     workloads: list[str]
+    whole_warm_up: bool = False
+    """Rung.whole_warm_up."""
     text: str | None = None
     """File to measure perplexity on; None: do not."""
     tokenizer: str | None = None
@@ -61,11 +62,19 @@ class ChildSpec(msgspec.Struct):
 
 
 def warm_up_workload(workload: Workload) -> Workload:
-    """Return the workload with few output tokens, all at the start: the same shapes, soon done."""
+    """Return the workload with few output tokens, all at the start: the same prompts, soon done.
+
+    Half of the requests end first, then half of the others, and so on: batches of all sizes, but for a factor of two.
+    """
+    opening = [request for request in workload.requests if not request.continues]
     requests = tuple(
-        replace(r, max_tokens=min(r.max_tokens, WARM_UP_TOKENS), after=None, continues=False)
-        for r in workload.requests
-        if not r.continues
+        replace(
+            request,
+            max_tokens=min(request.max_tokens, WARM_UP_TOKENS - 1 + (len(opening) // (i + 1)).bit_length()),
+            after=None,
+            continues=False,
+        )
+        for i, request in enumerate(opening)
     )
     return Workload(workload.name, requests)
 
@@ -92,7 +101,8 @@ def run_folovllm(spec: ChildSpec) -> RunRecord:
             under_test = EngineUnderTest(engine)
             records = []
             for name in spec.workloads:
-                under_test.run(warm_up_workload(spec.sizes.build(name, vocab_size, WARM_UP_SEED)))
+                warm_up = spec.sizes.build(name, vocab_size, WARM_UP_SEED)
+                under_test.run(warm_up if spec.whole_warm_up else warm_up_workload(warm_up))
                 records.append(under_test.run(spec.sizes.build(name, vocab_size, spec.round)))
             weights, kv_cache = memory_of(engine)
             # Perplexity comes after it: it holds the text's logits, which no workload does.

@@ -171,9 +171,18 @@ class Ladder:
         if rung.perplexity and options.engine_args.load_format == "dummy":
             text = None
         tokenizer = options.engine_args.tokenizer or self.model
-        workloads = list(rung.workloads)
         return ChildSpec(
-            rung.name, 0, "folovllm", model, engine_args, rung.env, options.sizes, workloads, text, tokenizer
+            rung=rung.name,
+            round=0,
+            engine="folovllm",
+            model=model,
+            engine_args=engine_args,
+            env=rung.env,
+            sizes=options.sizes,
+            workloads=list(rung.workloads),
+            whole_warm_up=rung.whole_warm_up,
+            text=text,
+            tokenizer=tokenizer,
         )
 
     def _add_entry(self, rung: Rung) -> None:

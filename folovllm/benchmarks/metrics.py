@@ -40,8 +40,8 @@ DESCRIPTIONS: dict[str, tuple[str, str, bool]] = {
     "mean_batch": ("requests", "requests in a step, mean", True),
     "peak_batch": ("requests", "most requests that held KV blocks at once", True),
     "step_ms": ("ms", "a step's start to the next one's, mean", False),
-    "host_ms": ("ms", "CPU time of the engine's own work in a step: scheduling, inputs, results; mean", False),
-    "device_ms": ("ms", "model and sampling on the device in a step, mean", False),
+    "host_ms": ("ms", "CPU time of a step, mean: scheduling, inputs, results; on CUDA launching, too", False),
+    "device_ms": ("ms", "model and sampling in a step, mean; on CUDA with the gaps between kernels", False),
     "kv_use": ("", "reserved blocks / blocks of the pool, mean over time", True),
     "kv_use_peak": ("", "reserved blocks / blocks of the pool, at most", True),
     "kv_waste": ("", "reserved room without a token / reserved room, mean over time", False),
@@ -141,8 +141,8 @@ def computing_steps(record: WorkloadRecord) -> list[dict[str, Any]]:
     return [step for step in record.steps if step["num_tokens"]]
 
 
-def _durations(steps: Sequence[dict[str, Any]]) -> list[float]:
-    """Seconds from each step's start to the next one's; of the last one, its own parts."""
+def step_seconds(steps: Sequence[dict[str, Any]]) -> list[float]:
+    """Return the seconds from each step's start to the next one's; of the last one, its own parts."""
     seconds = [later["time"] - earlier["time"] for earlier, later in itertools.pairwise(steps)]
     last = steps[-1]["ms"]
     return [*seconds, (last["schedule"] + last["execute"] + last["update"]) * 1e-3]
@@ -157,7 +157,7 @@ def kv_states(record: WorkloadRecord) -> list[KVState]:
     pool = (record.trace_config["num_blocks"] - 1) * block_size  # block 0 is the null block
     holders = _Holders()
     states = []
-    for step, seconds in zip(steps, _durations(steps), strict=True):
+    for step, seconds in zip(steps, step_seconds(steps), strict=True):
         holders.apply(step)
         reserved = block_size * len(holders.counts)
         unfilled = sum(block_size * len(table) - holders.computed[i] for i, table in holders.tables.items())
@@ -233,7 +233,7 @@ def step_figures(record: WorkloadRecord) -> dict[str, float]:
     figures = {
         "num_steps": float(len(steps)),
         "mean_batch": sum(len(step["requests"]) for step in steps) / len(steps),
-        "step_ms": sum(_durations(steps)) / len(steps) * 1e3,
+        "step_ms": sum(step_seconds(steps)) / len(steps) * 1e3,
         "host_ms": mean("cpu_ms", host_parts),
         "num_preemptions": float(sum(len(step["preempted"]) for step in record.steps)),
     }

@@ -21,12 +21,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from folovllm.benchmarks.child import STARTED, WARM_UP_SEED, ChildSpec, warm_up_workload
+from folovllm.benchmarks.child import STARTED, ChildSpec, warm_up_workload
 from folovllm.benchmarks.machine import peak_device_bytes, peak_host_bytes
 from folovllm.benchmarks.rungs import PEERS
 from folovllm.benchmarks.runner import WorkloadRun
 from folovllm.benchmarks.schema import MemoryRecord, RequestRecord, RunRecord, WorkloadRecord
-from folovllm.benchmarks.workload import Workload
+from folovllm.benchmarks.workload import WARM_UP_SEED, Workload
 
 if TYPE_CHECKING:
     from folovllm.engine.arg_utils import EngineArgs

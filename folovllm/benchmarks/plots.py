@@ -7,13 +7,20 @@ is imported when something is drawn: `pip install "folovllm[bench]"`.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from folovllm.benchmarks.metrics import computing_steps, inter_token_latencies, kv_states, percentile, ttfts
+from folovllm.benchmarks.metrics import (
+    computing_steps,
+    inter_token_latencies,
+    kv_states,
+    percentile,
+    step_seconds,
+    ttfts,
+)
+from folovllm.benchmarks.report import model_name
 from folovllm.benchmarks.schema import BenchmarkResult, Entry, RequestRecord, RunRecord, WorkloadRecord
 
 if TYPE_CHECKING:
@@ -41,9 +48,13 @@ MAX_GANTT_ROWS = 40
 
 
 def check_installed() -> None:
-    """Raise ValueError where matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError('The pictures need matplotlib: pip install "folovllm[bench]", or give --no-plots.')
+    """Raise ValueError where matplotlib, or something that it needs, is not installed."""
+    try:
+        importlib.import_module("matplotlib.pyplot")
+    except ImportError as error:
+        raise ValueError(
+            f'The pictures need matplotlib ({error}): pip install "folovllm[bench]", or give --no-plots.'
+        ) from error
 
 
 def draw_all(result: BenchmarkResult, records: Mapping[str, Sequence[RunRecord]], folder: Path) -> list[str]:
@@ -81,7 +92,7 @@ def _subtitle(result: BenchmarkResult) -> str:
     machine = result.machine
     assert machine is not None
     where = machine.device_name if machine.device == "cuda" else f"{machine.cores} cores of {machine.device_name}"
-    return f"{result.settings['model']}, {machine.dtype}, {where}"
+    return f"{model_name(result.settings)}, {machine.dtype}, {where}"
 
 
 def typical_run(result: BenchmarkResult, name: str, runs: Sequence[RunRecord]) -> RunRecord:
@@ -291,9 +302,7 @@ class _Span:
 def _draw_requests(axes: Axes, record: WorkloadRecord) -> None:
     steps = computing_steps(record)
     start = steps[0]["time"]
-    ends = [step["time"] for step in steps[1:]]
-    last = steps[-1]
-    ends.append(last["time"] + (last["ms"]["schedule"] + last["ms"]["execute"] + last["ms"]["update"]) * 1e-3)
+    ends = [*(step["time"] for step in steps[1:]), steps[-1]["time"] + step_seconds(steps)[-1]]
     rows = {request.id: i for i, request in enumerate(record.requests[:MAX_GANTT_ROWS])}
     first_seen: dict[str, float] = {}
     spans: list[_Span] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from folovllm.benchmarks.machine import machine_line
 from folovllm.benchmarks.metrics import DESCRIPTIONS
@@ -113,8 +114,12 @@ def main_table(entries: Sequence[Entry]) -> Iterator[str]:
         yield "| " + " | ".join([*cells, _peak_memory(entry)]) + " |"
 
 
+PEAKS = ("peak_host_gib", "peak_device_gib")
+"""Metrics of the last column, the second on CUDA alone."""
+
+
 def _peak_memory(entry: Entry) -> str:
-    found = [entry.process.get(metric) for metric in ("peak_host_gib", "peak_device_gib")]
+    found = [entry.process.get(metric) for metric in PEAKS]
     return " + ".join(show(figure.median) for figure in found if figure is not None)
 
 
@@ -144,11 +149,30 @@ def _find(entry: Entry, workload: str, metric: str) -> Figure | None:
     return figures.get(metric)
 
 
+def _notes(result: BenchmarkResult, rounds: int) -> Iterator[str]:
+    """Yield a line for every entry, and for all that is missing."""
+    for entry in result.entries:
+        done = max(
+            (len(figure.values) for figures in entry.workloads.values() for figure in figures.values()), default=0
+        )
+        notes = [*entry.notes, *([f"{done} of {rounds} rounds."] if done < rounds else [])]
+        if entry.idea:
+            yield f"- **{entry.title}**: {entry.idea}." + "".join(f" {note}" for note in notes)
+    measured = {entry.name for entry in result.entries}
+    for name, reason in result.skipped.items():
+        yield f"- *{name}* was left out{' of later rounds' if name in measured else ''}: {reason}."
+
+
+def model_name(settings: dict[str, Any]) -> str:
+    """Return the model's name, with a word on random weights."""
+    return f"{settings['model']}" + (", random weights" if settings.get("load_format") == "dummy" else "")
+
+
 def markdown(result: BenchmarkResult, pictures: Sequence[str] = ()) -> str:
     """Return the whole report; `pictures` are file names beside it."""
     settings = result.settings
     rounds = settings.get("rounds", 1)
-    lines = [f"# The ladder: {settings['model']} on {result.machine.device if result.machine else '?'}", ""]
+    lines = [f"# The ladder: {model_name(settings)} on {result.machine.device if result.machine else '?'}", ""]
     if result.machine is not None:
         lines += [machine_line(result.machine) + ".", ""]
     lines += [
@@ -162,15 +186,12 @@ def markdown(result: BenchmarkResult, pictures: Sequence[str] = ()) -> str:
     if pictures:
         lines += [f"![{_stem(name)}]({name})" for name in pictures[:1]] + [""]
     lines += [*main_table(result.entries), ""]
-    for entry in result.entries:
-        if entry.idea:
-            lines.append(f"- **{entry.title}**: {entry.idea}." + "".join(f" {note}" for note in entry.notes))
-    for name, reason in result.skipped.items():
-        lines.append(f"- *{name}* was left out: {reason}.")
+    lines += _notes(result, rounds)
     lines += [*question_tables(result.entries), ""]
     lines += [f"![{_stem(name)}]({name})" for name in pictures[1:]]
     lines += ["", "Pictures of what happened over time show the round with the median throughput."] if pictures else []
-    used = {metric for _, metrics in MAIN_COLUMNS for metric in metrics} | {"output_tok_s", "peak_host_gib"}
+    used = {metric for _, metrics in MAIN_COLUMNS for metric in metrics} | {"output_tok_s"}
+    used |= {metric for metric in PEAKS for entry in result.entries if metric in entry.process}
     lines += ["", "## What the columns mean", ""]
     lines += [f"- `{name}`: {meaning}" for name, (_, meaning, _) in DESCRIPTIONS.items() if name in used]
     return "\n".join(lines) + "\n"

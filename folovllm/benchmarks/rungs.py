@@ -136,6 +136,8 @@ class Rung:
     """For tables and pictures."""
     idea: str
     """What is new, in a sentence."""
+    device: str
+    """"cpu" or "cuda"."""
     engine_args: dict[str, Any]
     """Fields of EngineArgs; the model is not among them."""
     env: dict[str, str] = field(default_factory=dict)
@@ -146,6 +148,14 @@ class Rung:
     """Runs the GPTQ checkpoint."""
     perplexity: bool = False
     """Perplexity is measured, too."""
+
+    @property
+    def whole_warm_up(self) -> bool:
+        """Whether each workload runs to its end untimed: where a new shape may still have to be compiled.
+
+        That is Triton's kernels, from M4 on; before them there are none, and a whole warm-up would take long.
+        """
+        return self.device == "cuda" and self.engine_args["attention_backend"] != "torch_naive"
 
 
 PEERS = ("transformers", "vllm", "llama.cpp")
@@ -161,9 +171,8 @@ def make_rungs(device: str, sizes: Sizes) -> list[Rung]:
         before = rungs[-1]
         engine_args = before.engine_args | step.engine_args
         env = before.env if step.env is None else step.env
-        rungs.append(
-            Rung(step.name, step.title, step.idea, engine_args, env, step.workloads, step.quantized, step.perplexity)
-        )
+        made = (step.name, step.title, step.idea, device, engine_args, env)
+        rungs.append(Rung(*made, step.workloads, step.quantized, step.perplexity))
     return rungs
 
 
@@ -197,7 +206,8 @@ def _first_rung(device: str, sizes: Sizes) -> Rung:
         "async_scheduling": False,
     }
     idea = "one request at a time; the cache is a row of max_model_len tokens per request; attention by definition"
-    return Rung("m1", "M1 one request at a time", idea, engine_args, {KERNELS_SWITCH: "0"} if device == "cpu" else {})
+    env = {KERNELS_SWITCH: "0"} if device == "cpu" else {}
+    return Rung("m1", "M1 one request at a time", idea, device, engine_args, env)
 
 
 def _milestones(device: str, sizes: Sizes) -> tuple[_Step, ...]:

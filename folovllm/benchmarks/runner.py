@@ -106,28 +106,46 @@ class WorkloadRun:
 
 
 class DeviceClock:
-    """CUDA: how long each step kept the device busy, from events around the runner's launches. Elsewhere: nothing."""
+    """CUDA: milliseconds of each step on the device, from events around the runner's launches. Elsewhere: nothing.
+
+    The first event stands before the copy of the step's inputs, which is the step's first work on the device: on an
+    idle device it would otherwise time the host, which prepares them. Waits for the next launch count.
+    """
 
     def __init__(self, engine: LLMEngine) -> None:
-        """Wrap the model runner's execute_model."""
+        """Wrap the model runner's execute_model, and the copy of its inputs."""
         self._events: list[tuple[Any, Any]] = []
+        self._begin: Any = None
         runner: Any = engine.executor.worker.model_runner  # type: ignore[attr-defined]
-        if runner.device.type != "cuda":
-            return
-        import torch
+        if runner.device.type == "cuda":
+            runner.execute_model = self._timed(runner.execute_model)
+            if hasattr(runner, "inputs"):  # not without Triton
+                runner.inputs.send = self._begun(runner.inputs.send)
 
-        execute = runner.execute_model
+    def _begun(self, send: Callable[[], None]) -> Callable[[], None]:
+        def begun() -> None:
+            self._begin = self._mark()
+            send()
 
+        return begun
+
+    def _timed(self, execute: Callable[..., Any]) -> Callable[..., Any]:
         def timed(scheduler_output: Any, *args: Any) -> Any:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
+            self._begin = self._mark()
             pending = execute(scheduler_output, *args)
-            end.record()
             if scheduler_output.total_num_scheduled_tokens:
-                self._events.append((begin, end))
+                self._events.append((self._begin, self._mark()))
             return pending
 
-        runner.execute_model = timed
+        return timed
+
+    @staticmethod
+    def _mark() -> Any:
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def take(self) -> list[float]:
         """Return milliseconds per step that computed tokens since the last call; waits for the device."""

@@ -9,8 +9,6 @@ import argparse
 
 from folovllm.benchmarks import workload
 
-WARM_UP_SEED = 1 << 20
-
 
 def add_cli_args(parser: argparse.ArgumentParser) -> None:
     """Add the flags, in vLLM's spelling."""
@@ -44,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         measured = workload.uniform(current.vocab_size, args.seed, args.num_prompts, *lengths)
         current.check_lengths(measured.longest(), "--input-len, --output-len, --prefix-len")
         if args.num_warmups:
-            warm_up = workload.uniform(current.vocab_size, WARM_UP_SEED, args.num_warmups, *lengths)
+            warm_up = workload.uniform(current.vocab_size, workload.WARM_UP_SEED, args.num_warmups, *lengths)
             current.under_test.run(warm_up, current.make_params)
         record = current.under_test.run(measured, current.make_params)
         settings = {

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from folovllm.utils.common import check_range
 
+WARM_UP_SEED = 1 << 20
+"""Of the token ids of untimed requests: no round and no iteration draws these."""
 LOWEST_TOKEN_ID = 100
 """Ids below are special tokens in many vocabularies."""
 

@@ -19,9 +19,9 @@ import msgspec
 import pytest
 import torch
 
+from folovllm.benchmarks import checkpoints, metrics, peers, workload
 from folovllm.benchmarks import ladder as ladder_module
-from folovllm.benchmarks import metrics, peers, workload
-from folovllm.benchmarks.child import ChildSpec
+from folovllm.benchmarks.child import ChildSpec, run_folovllm
 from folovllm.benchmarks.ladder import Ladder, LadderOptions, child_env, run_child, summarize
 from folovllm.benchmarks.metrics import kv_states, workload_figures
 from folovllm.benchmarks.plots import draw_all
@@ -234,7 +234,7 @@ def test_a_request_that_ends_early_is_an_error(model: str, tmp_path: Path) -> No
 
 
 def test_device_clock_times_steps_that_compute(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA's events stand around the runner's launches; here they read a clock that counts launches."""
+    """CUDA's events stand around what the runner launches; here they read a clock that counts tokens."""
     now = [0.0]
 
     class Event:
@@ -248,12 +248,16 @@ def test_device_clock_times_steps_that_compute(monkeypatch: pytest.MonkeyPatch) 
             return end.at - self.at
 
     def execute_model(output: Any, grammar: Any) -> Any:
+        now[0] += 100.0  # the host prepares
+        if output.total_num_scheduled_tokens:
+            runner.inputs.send()
         now[0] += output.total_num_scheduled_tokens
         return output, grammar
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    runner = types.SimpleNamespace(device=torch.device("cuda"), execute_model=execute_model)
+    inputs = types.SimpleNamespace(send=lambda: None)
+    runner = types.SimpleNamespace(device=torch.device("cuda"), execute_model=execute_model, inputs=inputs)
     engine: Any = types.SimpleNamespace(
         executor=types.SimpleNamespace(worker=types.SimpleNamespace(model_runner=runner))
     )
@@ -362,6 +366,13 @@ def test_report_and_pictures(climbed: tuple[Path, BenchmarkResult, Ladder], tmp_
         shown = float(line.split("|")[2].split("(")[0])  # three digits, so 1% is less than they say
         assert shown == pytest.approx(rate.median, rel=0.01)
     assert all(f"]({name})" in report for name in pictures)
+    # Nobody takes a shape for a model.
+    for text in (report, (tmp_path / "ladder.svg").read_text()):
+        assert "random weights" in text
+    assert "- `peak_host_gib`: " in report and "peak_device_gib" not in report
+    result = msgspec.json.decode(msgspec.json.encode(result), type=BenchmarkResult)
+    result.entries[0].process["peak_device_gib"] = result.entries[0].process["peak_host_gib"]
+    assert "- `peak_device_gib`: " in markdown(result)
 
 
 RunChild = Callable[[ChildSpec, Path, Path], "str | None"]
@@ -426,6 +437,38 @@ def test_a_rung_that_fails_is_left_out_with_its_reason(
     assert "block_size=0" in markdown(result)
 
 
+def test_a_whole_warm_up_runs_the_workload_twice(model: str) -> None:
+    args = {"load_format": "dummy", "dtype": "float32", "device": "cpu", "max_model_len": 64, "max_num_seqs": 1}
+    short = ChildSpec("m1", 0, "folovllm", model, args, {}, SIZES, ["mixed"])
+    steps = {}
+    for whole in (False, True):
+        record = run_folovllm(msgspec.structs.replace(short, whole_warm_up=whole)).workloads[0]
+        steps[whole] = record.steps[0]["step"], len(record.steps)
+    assert steps[True][0] >= steps[True][1] == steps[False][1] > steps[False][0] > 0
+
+
+def test_a_rung_that_fails_later_keeps_what_it_has_and_says_so(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: RunChild
+) -> None:
+    monkeypatch.setattr(
+        ladder_module, "run_child", lambda spec, *paths: "it broke" if spec.round else again(spec, *paths)
+    )
+    result = Ladder(options(model, tmp_path, rungs=["m1"], rounds=2), ["x"]).run()
+    report = markdown(result)
+    assert "definition. 1 of 2 rounds.\n- *m1* was left out of later rounds: it broke." in report
+
+
+@pytest.mark.badinput
+def test_half_an_installation_of_matplotlib_is_seen_before_anything_runs(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    flags = ["--model", model, "--load-format", "dummy", "--device", "cpu", "--output-dir", str(tmp_path / "ladder")]
+    assert main(["bench", "ladder", "--quick", *flags]) == 1
+    assert "--no-plots" in capsys.readouterr().err
+    assert not (tmp_path / "ladder").exists()
+
+
 def test_a_child_ends_with_its_parent(model: str, tmp_path: Path) -> None:
     spec = ChildSpec("x", 0, "folovllm", model, {"load_format": "dummy"}, {}, SIZES, ["mixed"] * 10000)
     path = tmp_path / "spec.json"
@@ -460,6 +503,17 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_each_revision_has_its_gptq_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FOLOVLLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(checkpoints, "_make", lambda output, command, env: None)
+    made = {
+        checkpoints.gptq_checkpoint(EngineArgs("some/model", revision=revision), CONFIG, (8, 256), tmp_path, {})
+        for revision in (None, "main", "refs/pr/1")
+    }
+    assert len(made) == 3
+    assert {Path(folder).parent for folder in made} == {tmp_path / "ladder"}
 
 
 def test_peers_that_are_not_there_are_skipped_with_a_reason(model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,7 +99,18 @@ def test_a_warm_up_is_short_and_waits_for_nothing() -> None:
     for name in WORKLOADS:
         work = warm_up_workload(QUICK.build(name, 1000, 0))
         assert work.requests
-        assert all(r.max_tokens <= 4 and r.after is None and not r.continues for r in work.requests)
+        assert all(r.max_tokens <= 8 and r.after is None and not r.continues for r in work.requests)
+
+
+def test_the_batch_of_a_warm_up_shrinks_by_halves() -> None:
+    work = warm_up_workload(CUDA.build("mixed", 1000, 0))
+    alive = [sum(r.max_tokens > step for r in work.requests) for step in range(11)]
+    assert alive == [64, 64, 64, 64, 32, 16, 8, 4, 2, 1, 0]
+
+
+def test_where_kernels_are_compiled_the_warm_up_is_whole() -> None:
+    whole = {device: [r.name for r in make_rungs(device, CUDA) if r.whole_warm_up] for device in ("cpu", "cuda")}
+    assert whole == {"cpu": [], "cuda": ["m4", "m5", "m6", "graphs", "overlap", "m7"]}
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

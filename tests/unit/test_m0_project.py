@@ -326,13 +326,18 @@ def test_lower_constraints_are_the_lower_bounds() -> None:
         )
 
 
-def test_make_test_runs_every_check() -> None:
-    """`make test`, as a dry run: every check that the project promises is in its recipe, in this order."""
-    command = ["make", "--dry-run", "test", f"VENV={sys.prefix}"]
+def dry_run(target: str) -> str:
+    """The recipe of `make TARGET`."""
+    command = ["make", "--dry-run", target, f"VENV={sys.prefix}"]
     # Without the flags of a `make` that may be running these tests.
     environment = {name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MFLAGS"}}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True)
-    recipe = result.stdout
+    return result.stdout
+
+
+def test_make_test_runs_every_check() -> None:
+    """`make test`, as a dry run: every check that the project promises is in its recipe, in this order."""
+    recipe = dry_run("test")
     checks = [
         "ruff check",
         "ruff format --check",
@@ -358,10 +363,24 @@ def test_license_is_apache() -> None:
     assert "Version 2.0, January 2004" in text
 
 
+@pytest.mark.parametrize(("link", "code"), [("index.md", 0), ("nowhere.md", 1)])
+def test_lint_refuses_a_broken_link(link: str, code: int, tmp_path: Path) -> None:
+    """The command of `make lint`, on a site of one page."""
+    recipe = dry_run("lint")
+    line = next(line for line in recipe.splitlines() if "mkdocs build" in line)
+    flags = line.partition(" build ")[2].partition("--site-dir")[0].split()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text(f"# Home\n\n[a link]({link})\n", encoding="utf-8")
+    (tmp_path / "mkdocs.yml").write_text("site_name: tiny\n", encoding="utf-8")
+    build = [sys.executable, "-m", "mkdocs", "build", *flags, "--site-dir", "site"]
+    result = subprocess.run(build, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert "--strict" in flags and result.returncode == code, result.stderr
+
+
 @pytest.mark.slow
 def test_site_has_a_page_for_every_module_and_document(tmp_path: Path) -> None:
     """`make docs`: strict, so that a broken link is an error; and complete."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     for path in (ROOT / "folovllm").rglob("*.py"):

@@ -157,7 +157,7 @@ def _ladder_options(args: argparse.Namespace) -> LadderOptions:
         UsageError: a flag is out of its range.
         ValueError: a workload does not fit max_model_len.
     """
-    from folovllm.benchmarks.ladder import LadderOptions
+    from folovllm.benchmarks.ladder import SHARED_ENGINE_FIELDS, LadderOptions
     from folovllm.benchmarks.machine import guess_device
 
     # The machine is not asked twice: sizes need the device now, the speeds are measured later.
@@ -170,19 +170,8 @@ def _ladder_options(args: argparse.Namespace) -> LadderOptions:
             raise UsageError(f"--{name} {value} must be at least 1, and no less at the end than at the start.")
     changes: dict[str, Any] = {_SIZE_FLAGS[flag]: tuple(v) if isinstance(v, list) else v for flag, v in given.items()}
     sizes = fit_sizes(dataclasses.replace(sizes, **changes), "max_model_len" in given)
-    names = (
-        "model",
-        "device",
-        "dtype",
-        "load_format",
-        "kv_cache_dtype",
-        "tokenizer",
-        "revision",
-        "download_dir",
-        "seed",
-    )
     return LadderOptions(
-        engine_args=EngineArgs(**{name: getattr(args, name) for name in (*names, "seed")}),
+        engine_args=EngineArgs(**{name: getattr(args, name) for name in ("model", "tokenizer", *SHARED_ENGINE_FIELDS)}),
         sizes=sizes,
         output_dir=args.output_dir,
         rounds=args.rounds if args.rounds is not None else 2 if args.quick else 3,
