@@ -304,7 +304,7 @@ class AsyncLLM(EngineClient):
                 # The core knows nothing of text: requests that met a stop string still run there.
                 self.core_client.send(AbortRequests(processed.reqs_to_abort))
             await asyncio.sleep(0)
-        if has_stats:
+        if has_stats and self._death is None:
             self._record(step.scheduler_stats, iteration_stats)
 
     def _record(self, scheduler_stats: SchedulerStats | None, iteration_stats: IterationStats | None) -> None:
@@ -336,10 +336,13 @@ class AsyncLLM(EngineClient):
             return
         self._death = reason
         logger.error("The engine is dead. %s", reason)
-        # One error object for each reader: raising it adds to its traceback.
-        for collector in {id(s.queue): s.queue for s in self.output_processor.request_states.values()}.values():
-            if collector is not None:
-                collector.put(self.dead_error)
+        stats = IterationStats() if self.output_processor.log_stats else None
+        for request_id in list(self.output_processor.request_states):
+            # One error object for each reader: raising it adds to its traceback.
+            self.output_processor.fail_requests([request_id], self.dead_error, stats)
+        if stats is not None:
+            # No step will say so any more; the loggers may outlive this engine.
+            self._record(SchedulerStats(), stats)
         for call in self._calls.values():
             if not call.done():
                 call.set_exception(self.dead_error)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from folovllm.engine.arg_utils import EngineArgs
 from folovllm.engine.serial import (
+    START_HEADER,
     DecodeError,
     EngineDead,
     FromCore,
@@ -178,8 +179,6 @@ class AsyncMPClient(AsyncCoreClient):
         self._write_start(start)
 
     def _write_start(self, start: Start) -> None:
-        from folovllm.engine.core_proc import START_HEADER
-
         data = encode(start)
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended already: wait_ready says so

@@ -19,7 +19,6 @@ import os
 import select
 import shutil
 import signal
-import struct
 import sys
 import threading
 import time
@@ -33,6 +32,7 @@ import zmq
 from folovllm.engine.arg_utils import EngineArgs
 from folovllm.engine.core import EngineCore
 from folovllm.engine.serial import (
+    START_HEADER,
     AbortRequests,
     AddRequests,
     EngineDead,
@@ -52,8 +52,6 @@ from folovllm.engine.serial import (
 )
 from folovllm.utils.common import init_logger
 
-START_HEADER = struct.Struct("<I")
-"""In front of the Start message on stdin: its length in bytes."""
 PARENT_CHECK_SECONDS = 1.0
 """How often the parent's process id is looked at, should something else keep stdin open."""
 FLUSH_MS = 2000

@@ -394,8 +394,13 @@ class OutputProcessor:
             aborted.append(request_id)
         return aborted
 
-    def fail_requests(self, request_ids: Iterable[str], error: Exception) -> None:
-        """Forget requests, given by internal ids, and raise `error` in their readers. Unknown ids are ignored."""
+    def fail_requests(
+        self, request_ids: Iterable[str], error: Exception, iteration_stats: IterationStats | None = None
+    ) -> None:
+        """Forget requests, given by internal ids, and raise `error` in their readers. Unknown ids are ignored.
+
+        `iteration_stats` gets their summaries, as ended by an error; None counts nothing.
+        """
         for request_id in request_ids:
             state = self.request_states.get(request_id)
             if state is None:
@@ -405,6 +410,8 @@ class OutputProcessor:
             if state.parent_req is not None:
                 state.parent_req.child_requests.discard(request_id)
             self._forget(state)
+            if iteration_stats is not None and state.stats is not None:
+                self._count_finished(state, FinishReason.ERROR, iteration_stats, state.stats)
 
     def propagate_error(self, error: Exception) -> None:
         """Raise `error` in every waiting reader: the engine cannot go on."""

@@ -24,6 +24,8 @@ ARRAY_CODE = 1
 ARRAY_DTYPES = ("<i4", "<i8", "<f4", "<f8")
 """The dtypes that travel; an array is sent as the index of its dtype here, its rank, its shape and its bytes."""
 MAX_RANK = 4
+START_HEADER = struct.Struct("<I")
+"""In front of the Start message on stdin: its length in bytes."""
 
 
 class DecodeError(ValueError):

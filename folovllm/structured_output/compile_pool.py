@@ -134,9 +134,8 @@ class CompilePool:
     def _leave(self, job: _Job) -> None:
         job.num_waiting -= 1
         if job.num_waiting <= 0:
-            with self._lock:
-                if not job.started:
-                    job.lost = True  # the thread that gets it passes it over
+            # Nobody is left who would see it take too long: its thread must not keep others waiting.
+            self._give_up(job)
             if job.lost or job.result is not None:
                 self._jobs.pop(job.spec, None)
 
@@ -145,6 +144,8 @@ class CompilePool:
         self._news.clear()
         while not self._done.empty():
             job = self._done.get()
+            if job.lost:
+                self._start_threads()  # it has come back: there may be room for another
             if isinstance(job.result, CompiledGrammar):
                 self._put(job.spec, job.result)
             if self._jobs.get(job.spec) is job and (job.num_waiting <= 0 or isinstance(job.result, CompiledGrammar)):
@@ -165,7 +166,9 @@ class CompilePool:
     def _give_up(self, job: _Job) -> None:
         """Count the thread that compiles this as lost, and let another take its place."""
         with self._lock:
-            if job.started and not job.lost and job.result is None:
+            if not job.started:
+                job.lost = job.num_waiting <= 0  # the thread that gets it then passes it over
+            elif not job.lost and job.result is None:
                 job.lost = True
                 self._num_threads -= 1
                 self._num_lost += 1

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from folovllm.structured_output.regex import normalize_regex
 
@@ -21,6 +21,8 @@ MAX_DEPTH = 64
 """Schemas inside schemas."""
 MAX_MULTIPLE_OF = 1024
 """xgrammar counts remainders with one rule each, up to here."""
+MAX_ONE_OF = 256
+"""Schemas in a oneOf: each is compared with all others."""
 # Their form is held to, not the calendar: a date may be the 31st of April.
 FORMATS = {
     *("date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"),
@@ -122,6 +124,8 @@ class _Checker:
         else:
             if key == "allOf" and isinstance(value, list) and len(value) > 1:
                 raise self.fail(path, "'allOf' with more than one schema is not supported: merge them.")
+            if key == "oneOf" and isinstance(value, list) and len(value) > MAX_ONE_OF:
+                raise self.fail(path, f"'oneOf' has {len(value)} schemas, at most {MAX_ONE_OF} may be: use anyOf.")
             schema = {**schema, key: self._check_list(value, f"{path}/{key}", depth)}
             if key == "oneOf":  # once it is known that no two of them can match
                 self.one_ofs.append((path, schema["oneOf"]))
@@ -141,8 +145,8 @@ class _Checker:
             if target not in self.seen:
                 raise self.fail(path, f"$ref={target!r:.80} points to no schema in it.")
         for path, branches in self.one_ofs:
-            resolved = [self._resolve(branch) for branch in branches]
-            if any(not _disjoint(one, other) for i, one in enumerate(resolved) for other in resolved[:i]):
+            facts = [_Facts.of(self._resolve(branch)) for branch in branches]
+            if any(not _disjoint(one, other) for i, one in enumerate(facts) for other in facts[:i]):
                 raise self.fail(
                     path, "'oneOf' needs schemas that differ in type or in a required constant property: use anyOf."
                 )
@@ -271,12 +275,12 @@ def _has_type(value: Any, name: str) -> bool:
     return isinstance(value, kinds[name])
 
 
-def _literals(schema: Any) -> list[str] | None:
+def _literals(schema: Any) -> frozenset[str] | None:
     """Return the JSON texts of all values that the schema allows; None if they are not listed."""
     if not isinstance(schema, dict) or ("enum" not in schema and "const" not in schema):
         return None
     values = schema["enum"] if "enum" in schema else [schema["const"]]
-    return [json.dumps(value, sort_keys=True) for value in values]
+    return frozenset(json.dumps(value, sort_keys=True) for value in values)
 
 
 def _type_names(schema: Any) -> set[str] | None:
@@ -292,20 +296,36 @@ def _type_names(schema: Any) -> set[str] | None:
     return {"number" if name == "integer" else name for name in names}
 
 
-def _disjoint(one: Any, other: Any) -> bool:
-    types_one, types_other = _type_names(one), _type_names(other)
-    if types_one is not None and types_other is not None and not types_one & types_other:
+class _Facts(NamedTuple):
+    """What tells one schema of a oneOf from another."""
+
+    types: set[str] | None
+    """See _type_names."""
+    literals: frozenset[str] | None
+    """See _literals."""
+    properties: dict[str, frozenset[str]]
+    """Of an object: required properties whose values are listed, with these."""
+
+    @staticmethod
+    def of(schema: Any) -> _Facts:
+        types = _type_names(schema)
+        listed: dict[str, frozenset[str] | None] = {}
+        if types == {"object"}:
+            listed = {name: _literals(schema["properties"][name]) for name in schema.get("required", ())}
+        properties = {name: values for name, values in listed.items() if values is not None}
+        return _Facts(types, _literals(schema), properties)
+
+
+def _disjoint(one: _Facts, other: _Facts) -> bool:
+    """Whether nothing is of both."""
+    if one.types is not None and other.types is not None and one.types.isdisjoint(other.types):
         return True
-    literals_one, literals_other = _literals(one), _literals(other)
-    if literals_one is not None and literals_other is not None:
-        return not set(literals_one) & set(literals_other)
-    if types_one != {"object"} or types_other != {"object"}:
-        return False
-    for name in set(one.get("required", ())) & set(other.get("required", ())):
-        literals_one, literals_other = _literals(one["properties"][name]), _literals(other["properties"][name])
-        if literals_one is not None and literals_other is not None and not set(literals_one) & set(literals_other):
-            return True
-    return False
+    if one.literals is not None and other.literals is not None:
+        return one.literals.isdisjoint(other.literals)
+    return any(
+        name in other.properties and values.isdisjoint(other.properties[name])
+        for name, values in one.properties.items()
+    )
 
 
 def normalize_json_schema(schema: str | dict[str, Any]) -> str:

@@ -105,6 +105,7 @@ def test_restarting_the_engine(model: Path) -> None:
         wait_for(healthy, "a new engine")
         assert statuses <= {200, 503}
         wait_for(lambda: engine_pid(server) != engine, "a new process")
+        assert is_idle(server.url)  # /metrics does not go on showing what the dead engine held
         assert completion(server, prompt="x", max_tokens=8, temperature=0)["choices"][0]["text"] == before
         wait_for(lambda: is_idle(server.url), "an idle server")
         assert server.stop() == 0
@@ -141,6 +142,40 @@ def test_killing_the_server(model: Path) -> None:
         engine = engine_pid(server)
         server.process.kill()
         wait_for(lambda: not is_alive(engine), "the engine's end", 10)
+
+
+def test_a_signal_while_the_model_loads(model: Path, tmp_path: Path) -> None:
+    """It ends the server at once; the engine, which has hardly begun, follows and removes the sockets' folder."""
+    command = [sys.executable, "-m", "folovllm", "serve", str(model), "--port", "0", *TINY_ARGS]
+    process = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(tmp_path)}, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: bool(list(tmp_path.iterdir())) and bool(children_of(process.pid)), "an engine process")
+        time.sleep(0.2)
+        engines = children_of(process.pid)
+    finally:
+        process.terminate()
+        assert process.wait(TIMEOUT_S) == -signal.SIGTERM
+    wait_for(lambda: not any(is_alive(engine) for engine in engines), "the engine's end")
+    assert not list(tmp_path.iterdir())
+
+
+def test_priority_decides_who_is_next(model: Path) -> None:
+    order: list[int] = []
+    with start_tiny_server(model, "--max-num-seqs", "1", "--scheduling-policy", "priority") as server:
+
+        def ask(priority: int, max_tokens: int) -> None:
+            completion(server, prompt="x", max_tokens=max_tokens, ignore_eos=True, priority=priority)
+            order.append(priority)
+
+        threads = []
+        # The first runs; of those that wait, the one that came last is to be next.
+        for priority, max_tokens, waiting in ((0, 600, 0), (5, 100, 1), (-5, 100, 2)):
+            threads.append(threading.Thread(target=ask, args=(priority, max_tokens)))
+            threads[-1].start()
+            wait_for(lambda: read_metric(server.url, "num_requests_running") == 1, "a running request")
+            wait_for(lambda n=waiting: read_metric(server.url, "num_requests_waiting") == n, "those that wait")  # type: ignore[misc]
+        join(threads)
+    assert order == [0, -5, 5]
 
 
 def test_two_servers_at_once(model: Path) -> None:

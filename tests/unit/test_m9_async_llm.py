@@ -474,6 +474,30 @@ def test_a_failed_step_ends_every_stream_with_an_error(mode: str, monkeypatch: p
     run(check())
 
 
+def test_a_dead_engine_holds_no_requests(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loggers may outlive it, where the server starts another engine: gauges must not stay as they were."""
+    monkeypatch.setenv(STEP_SECONDS, "0.005")
+    recorder = Recorder()
+    args = EngineArgs(model="fake", max_model_len=512, disable_log_stats=False)
+    engine = fake_async_llm(args, in_process=mode == "thread", stat_loggers=[recorder])
+
+    async def check() -> None:
+        params = SamplingParams(max_tokens=4000, n=2, seed=1)
+        tasks = [asyncio.create_task(collect(engine, PROMPT, params, str(i))) for i in range(3)]
+        await asyncio.sleep(0.1)
+        assert any(stats.num_running_reqs == 6 for stats in recorder.scheduler_stats)
+        with pytest.raises(EngineDeadError):
+            await collect(engine, [5, CRASH_TOKEN], SamplingParams(), "crash")
+        assert all(isinstance(error, EngineDeadError) for error in await asyncio.gather(*tasks, return_exceptions=True))
+        await asyncio.sleep(0.05)
+        assert recorder.scheduler_stats[-1] == SchedulerStats()
+        ended = [str(item.finish_reason) for stats in recorder.iteration_stats for item in stats.finished_requests]
+        assert ended == ["error"] * 7
+        await engine.shutdown()
+
+    run(check())
+
+
 def test_shutdown_waits_for_running_requests_and_takes_no_new_ones(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(STEP_SECONDS, "0.005")
     engine = fake_async_llm(in_process=mode == "thread")

@@ -207,11 +207,14 @@ def test_calls_in_a_stream(server: Served) -> None:
     assert streamed(server, tools=[TIME], tool_choice="required")[1] == {0: {"name": "get_time", "arguments": "{}"}}
     server.engine.words = list('{"city": "Paris"}')
     named = {"type": "function", "function": {"name": "get_weather"}}
+    # "stop": as OpenAI and vLLM say it of a call that the client itself named.
     assert streamed(server, tools=[WEATHER], tool_choice=named) == (
         "",
         {0: {"name": "get_weather", "arguments": '{"city": "Paris"}'}},
-        "tool_calls",
+        "stop",
     )
+    whole = server.chat(tools=[WEATHER], tool_choice=named).json()["choices"][0]
+    assert whole["finish_reason"] == "stop" and len(whole["message"]["tool_calls"]) == 1
     # Every token's log probabilities are there, once, whatever the parser holds back.
     server.engine.words = ["a", "<tool", "_call>", '{"name": "x"}', "</tool_call>"]
     found = events(server.chat(stream=True, tools=[TIME], logprobs=True).text)[:-1]
@@ -278,9 +281,22 @@ def test_required_calls_are_found_however_the_text_is_cut(step: int) -> None:
     assert [json.loads(d.arguments or "") for d in deltas if d.name is None] == [c["parameters"] for c in calls]
 
 
+@pytest.mark.parametrize("value", ["1e999", r'"\ud800"', "3.14159265358979323846", "[1,\n 2]"])
+def test_arguments_are_what_the_model_wrote(server: Served, value: str) -> None:
+    """Not what Python reads in it: Infinity is no JSON, half of a surrogate pair cannot be sent."""
+    server.engine.words = [f'[{{"name": "get_time", "parameters": {{"x": {value}}}}}]']
+    response = server.chat(tools=[TIME], tool_choice="required")
+    (call,) = response.json()["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["arguments"] == f'{{"x": {value}}}'
+
+
 def test_a_forced_call_that_was_cut_off_is_not_lost() -> None:
     content, calls = parse_complete(RequiredCallsParser(), '[{"name": "a", "parameters": {}}, {"name": "b", "par')
     assert content == '{"name": "b", "par' and [call["function"]["name"] for call in calls] == ["a"]
+    content, calls = parse_complete(RequiredCallsParser(), '[{"name": "b", "parameters": {"x": [1]')
+    assert content == '{"name": "b", "parameters": {"x": [1]' and not calls
+    deep = '[{"name": "b", "parameters": ' + '{"x": ' * 50_000 + "1" + "}" * 50_000 + "}]"
+    assert parse_complete(RequiredCallsParser(), deep) == (deep[1:], [])
     content, calls = parse_complete(NamedCallParser("f"), '{"x": ')
     assert content is None and calls[0]["function"] == {"name": "f", "arguments": '{"x": '}
 

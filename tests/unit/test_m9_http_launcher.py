@@ -311,14 +311,15 @@ def test_restart_engine_starts_another_and_gives_up_in_the_end() -> None:
     assert all(engine.num_shutdowns >= 1 for engine in running.engines)
 
 
-def test_an_engine_that_does_not_start_again_ends_the_server() -> None:
+@pytest.mark.parametrize("error", [ValueError("no memory"), KeyError("weights")])
+def test_an_engine_that_does_not_start_again_ends_the_server(error: Exception) -> None:
     engines = iter([FakeEngine()])
 
     def make() -> FakeEngine:
         try:
             return next(engines)
         except StopIteration:
-            raise ValueError("no memory") from None
+            raise error from None
 
     running = Running(ServerSettings(port=0, restart_engine=True), make)
 

@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 
+from folovllm.outputs import CompletionOutput, Logprob
 from tests.http_utils import Served, events, serve, wait_until
 
 
@@ -158,6 +159,23 @@ def test_a_stream_adds_up_to_the_whole_answer(server: Served, fields: dict[str, 
         del choice["index"]
         choice.setdefault("token_ids", [])
     assert collect(streamed, len(expected)) == expected
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_offsets_do_not_depend_on_text_that_is_held_back(
+    server: Served, monkeypatch: pytest.MonkeyPatch, echo: bool
+) -> None:
+    """As under `stop`: the tokens and their log probabilities come, their text later."""
+    late = {"Hel": "", "lo": "", " wor": "Hel", "ld": "lo world"}
+
+    def sample(index: int, word: str, params: Any, finish: Any) -> CompletionOutput:
+        return CompletionOutput(index, late[word], [1], None, [{1: Logprob(-1.5, 1, word)}], finish[0], finish[1])
+
+    monkeypatch.setattr(server.engine, "_sample", sample)
+    whole = server.complete(logprobs=0, echo=echo).json()["choices"][0]
+    (streamed,) = collect(events(server.complete(logprobs=0, echo=echo, stream=True).text), 1)
+    assert whole["logprobs"]["text_offset"] == ([0, 0, 1, 2, 3, 6, 8, 12] if echo else [0, 3, 5, 9])
+    assert (streamed["text"], streamed["logprobs"]) == (whole["text"], whole["logprobs"])
 
 
 def test_several_prompts_and_samples(server: Served) -> None:

@@ -27,7 +27,7 @@ from folovllm.sample.sampler import Sampler
 from folovllm.sampling_params import MAX_CHOICES, MAX_GRAMMAR_BYTES, SamplingParams, StructuredOutputsParams
 from folovllm.structured_output.backend_xgrammar import CompiledGrammar, XgrammarBackend, make_spec, validate
 from folovllm.structured_output.compile_pool import CompilePool
-from folovllm.structured_output.json_schema import FORMATS, normalize_json_schema
+from folovllm.structured_output.json_schema import FORMATS, MAX_ONE_OF, normalize_json_schema
 from folovllm.structured_output.regex import normalize_regex
 from tests.byte_tokenizer import EOS_ID, make_byte_tokenizer
 from tests.core_utils import create_scheduler, make_output, make_request
@@ -492,6 +492,58 @@ def test_who_gives_up_leaves_nothing_behind() -> None:
     poll_until(pool, "last")
     assert "never" not in compiler.compiled and not pool._jobs
     pool.shutdown()
+
+
+def test_compilations_that_nobody_waits_for_hold_up_nobody() -> None:
+    """Two requests whose clients have left must not keep both threads."""
+    compiler = SlowCompiler()
+    pool = CompilePool(compiler, timeout_s=5.0)
+    for text in ("slow 1", "slow 2"):
+        pool.start(("regex", text))
+    deadline = time.monotonic() + 10
+    while sum(job.started for job in pool._jobs.values()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for text in ("slow 1", "slow 2"):
+        pool.forget(("regex", text))
+    pool.start(("regex", "quick"))
+    assert poll_until(pool, "quick").num_bytes == 100
+    compiler.go_on.set()
+    while len(compiler.compiled) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    pool.start(("regex", "slow 1"))  # it was kept all the same
+    assert poll_until(pool, "slow 1").num_bytes == 100 and compiler.compiled.count("slow 1") == 1
+    pool.shutdown()
+
+
+def test_a_thread_that_comes_back_takes_what_waits() -> None:
+    compiler = SlowCompiler()
+    pool = CompilePool(compiler, timeout_s=30.0)
+    for i in range(8):
+        pool.start(("regex", f"slow {i}"))
+        deadline = time.monotonic() + 10
+        while not pool._jobs[("regex", f"slow {i}")].started and time.monotonic() < deadline:
+            time.sleep(0.001)
+        pool.forget(("regex", f"slow {i}"))
+    pool.start(("regex", "quick"))
+    pool.wait(0.05)
+    assert pool.poll(("regex", "quick"), time.monotonic()) is None  # every thread is lost
+    compiler.go_on.set()
+    assert poll_until(pool, "quick").num_bytes == 100
+    pool.shutdown()
+
+
+def test_a_large_one_of_is_checked_quickly() -> None:
+    """In front of everything else: this is plain Python, which would hold up all streams."""
+    kinds = {
+        f"kind{i}": {"type": "object", "properties": {"k": {"const": i}}, "required": ["k"]} for i in range(MAX_ONE_OF)
+    }
+    refs = [{"$ref": f"#/$defs/{name}"} for name in kinds]
+    schema = {"$defs": kinds, "type": "object", "properties": {f"p{i}": {"oneOf": refs} for i in range(12)}}
+    started = time.perf_counter()
+    normalize_json_schema(schema)
+    assert time.perf_counter() - started < 2.0  # 0.4 s; twice as much as is allowed where each pair is looked at anew
+    with pytest.raises(ValueError, match="'oneOf' has 257 schemas, at most 256 may be: use anyOf"):
+        normalize_json_schema({"oneOf": [{"const": i} for i in range(MAX_ONE_OF + 1)]})
 
 
 def test_compiling_lets_other_threads_run(backend: XgrammarBackend) -> None:

@@ -168,8 +168,9 @@ class Launcher:
         try:
             # In a thread: this loop goes on answering.
             self.serving.engine = await asyncio.to_thread(self.start_engine)
-        except (ValueError, RuntimeError, OSError) as error:
-            logger.error("The engine did not start again: %s", error)
+        except Exception as error:
+            # Whatever it is: a watcher that ended here would leave a server that says 503 for ever.
+            logger.error("The engine did not start again: %s", error, exc_info=not isinstance(error, ValueError))
             return False
         return True
 

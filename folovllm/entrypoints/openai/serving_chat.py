@@ -82,6 +82,8 @@ class _Answer:
         self.usage = UsageCounter()
         self.parsers: list[ToolParser | None] = [make_parser(request, mode) for _ in range(n)]
         self.has_calls = [False] * n
+        # As OpenAI and vLLM have it: a call that the client itself named is no news to it.
+        self.calls_reason = "stop" if mode == "named" else "tool_calls"
 
     def _fields(self, kind: str) -> dict[str, Any]:
         return {"id": self.run.request_id, "object": kind, "created": self.run.created, "model": self.model}
@@ -103,7 +105,7 @@ class _Answer:
             message["content"], calls = parse_complete(parser, item.text)
             if calls:
                 message["tool_calls"] = calls
-                reason = "tool_calls" if reason == "stop" else reason
+                reason = self.calls_reason if reason == "stop" else reason
         choice = {
             "index": item.index,
             "message": message,
@@ -174,7 +176,7 @@ class _Answer:
             logprobs = None
             news.append(choice)
         if reason is not None:
-            reason = "tool_calls" if reason == "stop" and self.has_calls[index] else reason
+            reason = self.calls_reason if reason == "stop" and self.has_calls[index] else reason
             news.append(_piece(index, {}) | {"finish_reason": reason, "stop_reason": item.stop_reason})
         return news
 

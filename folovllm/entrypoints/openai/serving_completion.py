@@ -9,7 +9,7 @@ from fastapi import Request
 from starlette.responses import Response
 
 from folovllm.engine.processor import PromptType
-from folovllm.entrypoints.openai.errors import BadRequestError
+from folovllm.entrypoints.openai.errors import BadRequestError, from_value_error
 from folovllm.entrypoints.openai.logprobs import completion_logprobs, joined, prompt_logprobs, with_first
 from folovllm.entrypoints.openai.params import aliases, completion_params
 from folovllm.entrypoints.openai.protocol import CompletionRequest
@@ -32,8 +32,6 @@ class OpenAIServingCompletion:
         try:
             params = completion_params(request, self.serving.engine.get_default_sampling_params(), settings)
         except ValueError as error:
-            from folovllm.entrypoints.openai.errors import from_value_error
-
             raise from_value_error(error, type(request).model_fields, aliases(request)) from error
         run = await self.serving.start(raw, request, prompts, params, "cmpl", aliases(request))
         try:
@@ -76,7 +74,8 @@ class _Answer:
         self.prompt_texts: list[tuple[str, str]] = []
         # Per prompt, once they have come: a stream brings them with one output only.
         self.prompt_logprobs: dict[int, list[dict[int, Logprob] | None]] = {}
-        # Per choice of a stream: characters sent; a choice not in it has sent nothing.
+        # Per choice of a stream: where its next token's text begins; a choice not in it has sent nothing. Not how much
+        # text was sent: what may become a stop string is held back, while its tokens' log probabilities are not.
         self.offsets: dict[int, int] = {}
 
     async def read_prompts(self, serving: OpenAIServing) -> None:
@@ -154,9 +153,10 @@ class _Answer:
             offset = len(self.prompt_texts[prompt_index][0])
         if item.logprobs is not None:
             logprobs = completion_logprobs(item.logprobs, self.request.logprobs or 0, offset)
+            offset += sum(len(token) for token in logprobs["tokens"])
             if is_first and self.request.echo:
                 logprobs = joined(self._prompt_shape(prompt_index), logprobs)
-        self.offsets[index] = offset + len(item.text)
+        self.offsets[index] = offset
         reason = finish_reason(item)
         choice: dict[str, Any] = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
         if reason is not None:

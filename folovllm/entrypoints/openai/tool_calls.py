@@ -7,12 +7,17 @@ function: the text is forced into JSON that is nothing but calls, as vLLM does; 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Protocol
 
 from folovllm.entrypoints.openai.errors import BadRequestError
 from folovllm.entrypoints.openai.protocol import ChatCompletionRequest, FunctionDefinition, NamedToolChoice
 from folovllm.entrypoints.openai.tool_parsers import HermesStreamParser, ToolDelta, make_tool_call_id
+
+_DECODER = json.JSONDecoder()
+_CALL_START = re.compile(r'[\s\[,]*\{\s*"name"\s*:\s*"([^"]+)"\s*,\s*"parameters"\s*:\s*')
+_CALL_END = re.compile(r"\s*\}")
 
 ToolMode = Literal["none", "auto", "required", "named"]
 
@@ -157,24 +162,35 @@ class RequiredCallsParser:
         """See ToolParser."""
         self._buffer += delta_text
         deltas: list[ToolDelta] = []
-        while "}" in delta_text:  # only then a call may have become complete
-            text = self._buffer.lstrip(" \t\r\n[,")
-            try:
-                call, end = json.JSONDecoder().raw_decode(text)
-            except ValueError:
-                break
-            self._buffer = text[end:]
-            arguments = json.dumps(call["parameters"], ensure_ascii=False)
+        while "}" in delta_text and (call := self._first_call()) is not None:  # else none can have become complete
+            name, arguments, end = call
+            self._buffer = self._buffer[end:]
             index = self._num_calls
             self._num_calls += 1
-            deltas.append(ToolDelta(index=index, id=make_tool_call_id(), name=call["name"], arguments=""))
+            deltas.append(ToolDelta(index=index, id=make_tool_call_id(), name=name, arguments=""))
             deltas.append(ToolDelta(index=index, arguments=arguments))
         return deltas
 
+    def _first_call(self) -> tuple[str, str, int] | None:
+        """Return the buffer's first call if it is complete: name, arguments, and where it ends.
+
+        The arguments are the very characters that the model wrote: read and written again, 1e999 would become
+        Infinity, and half of a surrogate pair what no answer can hold.
+        """
+        start = _CALL_START.match(self._buffer)
+        if start is None:
+            return None
+        try:
+            _, end = _DECODER.raw_decode(self._buffer, start.end())
+        except (ValueError, RecursionError):
+            return None
+        close = _CALL_END.match(self._buffer, end)
+        return None if close is None else (start[1], self._buffer[start.end() : end], close.end())
+
     def finish(self) -> list[ToolDelta]:
         """See ToolParser."""
-        rest = self._buffer.strip(" \t\r\n[,]")
-        return [ToolDelta(content=rest)] if rest else []
+        rest = self._buffer.lstrip(" \t\r\n[,")
+        return [ToolDelta(content=rest)] if rest.strip() not in ("", "]") else []
 
 
 class FirstCallOnly:
