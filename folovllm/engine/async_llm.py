@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 OUTPUT_CHUNK_SIZE = 64
 """Outputs of a step that are processed before other tasks get a turn: a millisecond or two (vLLM:
 VLLM_V1_OUTPUT_PROC_CHUNK_SIZE)."""
+MAX_STEPS_AT_ONCE = 8
+"""Steps that are processed in one go where the engine is ahead: what they bring a stream is then one event of it."""
 DRAIN_POLL_SECONDS = 0.02
 """How often shutdown looks whether the running requests have ended."""
 LONG_PROMPT_CHARS = 4096
@@ -284,17 +286,28 @@ class AsyncLLM(EngineClient):
                 await self._has_messages.wait()
                 self._has_messages.clear()
                 while self._inbox:
-                    message = self._inbox.popleft()
-                    if isinstance(message, StepOutputs):
-                        await self._process_step(message.outputs)
-                    else:
-                        self._fail_requests(message)
+                    await self._process_some()
         except Exception as error:
             logger.exception("The outputs of a step could not be processed.")
             self._die(f"The outputs of a step could not be processed: {error!r}")
 
-    async def _process_step(self, step: EngineCoreOutputs) -> None:
-        """Process one step's outputs, with a turn for other tasks after every chunk of them."""
+    async def _process_some(self) -> None:
+        """Process the oldest message; or the oldest few at once, where the engine is ahead.
+
+        Making text of a token takes less time than sending it, and an event of three tokens is sent as fast as one of a
+        single token. So a front that falls behind catches up by sending fewer and longer events.
+        """
+        count = min(len(self._inbox), MAX_STEPS_AT_ONCE)
+        for _ in range(count):
+            message = self._inbox.popleft()
+            if isinstance(message, StepOutputs):
+                await self._process_step(message.outputs, gives_turns=count == 1)
+            else:
+                self._fail_requests(message)
+        await asyncio.sleep(0)
+
+    async def _process_step(self, step: EngineCoreOutputs, gives_turns: bool) -> None:
+        """Process one step's outputs; with `gives_turns`, other tasks have theirs after every chunk but the last."""
         has_stats = self.output_processor.log_stats
         iteration_stats = IterationStats() if has_stats else None
         for start in range(0, len(step.outputs), OUTPUT_CHUNK_SIZE):
@@ -303,7 +316,8 @@ class AsyncLLM(EngineClient):
             if processed.reqs_to_abort:
                 # The core knows nothing of text: requests that met a stop string still run there.
                 self.core_client.send(AbortRequests(processed.reqs_to_abort))
-            await asyncio.sleep(0)
+            if gives_turns and start + OUTPUT_CHUNK_SIZE < len(step.outputs):
+                await asyncio.sleep(0)
         if has_stats and self._death is None:
             self._record(step.scheduler_stats, iteration_stats)
 

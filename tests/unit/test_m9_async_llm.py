@@ -17,6 +17,7 @@ from folovllm.engine import async_llm
 from folovllm.engine.arg_utils import EngineArgs
 from folovllm.engine.async_llm import AsyncLLM
 from folovllm.engine.protocol import EngineClient, EngineDeadError
+from folovllm.engine.serial import StepOutputs
 from folovllm.metrics.loggers import StatLoggerBase
 from folovllm.metrics.stats import IterationStats, SchedulerStats
 from folovllm.outputs import RequestOutput
@@ -374,6 +375,28 @@ def test_a_big_step_lets_other_tasks_run_between_its_chunks(engine: AsyncLLM, mo
 
     run(check())
     assert max(sizes) == 2
+
+
+def test_steps_that_wait_become_one_output(engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine ahead of the front: 20 steps at once come as outputs of 8, 8 and 4 tokens, not as 20."""
+    deliver, held = engine._on_message, []
+
+    def hold(message: Any) -> None:
+        held.append(message)
+        if isinstance(message, StepOutputs) and any(output.finish_reason for output in message.outputs.outputs):
+            for each in held:
+                deliver(each)
+
+    monkeypatch.setattr(engine, "_on_message", hold)
+
+    async def check() -> None:
+        params = SamplingParams(max_tokens=20, output_kind=RequestOutputKind.DELTA)
+        outputs = await collect(engine, PROMPT, params, "0")
+        assert [len(output.outputs[0].token_ids) for output in outputs] == [8, 8, 4]
+        tokens = [token for output in outputs for token in output.outputs[0].token_ids]
+        assert tokens == offline(PROMPT, SamplingParams(max_tokens=20)).outputs[0].token_ids
+
+    run(check())
 
 
 def test_stream_interval_merges_tokens() -> None:
