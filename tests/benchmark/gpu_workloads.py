@@ -11,8 +11,9 @@ Workloads; end-of-sequence is ignored everywhere, and token ids are fresh in eac
     B      the same with 1024 requests
     D      one greedy stream, 128 in, 256 out: (t_256 - t_1) / 255; and time to the first token of a 2048-token prompt
     steps  a step in which 1, 32, 128, 256 requests decode, contexts 128 to 257: seconds of many steps over their
-           number, nothing synchronised between; `host` is what of it the host did not spend waiting for the device, and
-           within that EngineCore.step: all but the making of outputs, which a server does in another process
+           number, nothing synchronised between; `host` is what of it the host did not spend waiting for the device, in
+           three parts: EngineCore.step without the launches of recorded steps (schedule, prepare, update), these
+           launches, and the making of outputs, which a server does in another process
     E      64 requests that share 2048 tokens and have 32 of their own, 1 out: cold, warm (other own tokens), unshared
     S      from the start of a new process to the first token of a 16-token prompt: with empty folders for compiled
            kernels, then with the same folders again (--no-cold: the user's folders only, after an untimed run)
@@ -343,27 +344,29 @@ class Bench:
     def decode_steps(self, batch: int) -> None:
         """One batch size of `steps`."""
         input_len, output_len = self.sizes.step_lengths
-        host: list[float] = []
-        core: list[float] = []
+        parts: list[tuple[float, float, float]] = []
 
         def run() -> float:
             num_steps = self.start_decoding(batch, input_len, output_len)
-            with host_waits() as waits, CallTimes((self.engine.engine_core, "get_output")) as core_time:
+            core_time = CallTimes((self.engine.engine_core, "get_output"))
+            launch_time = CallTimes((torch.cuda.CUDAGraph, "replay"))
+            with host_waits() as waits, core_time, launch_time:
                 start = time.perf_counter()
                 for _ in range(num_steps):
                     self.engine.step()
                 seconds = time.perf_counter() - start
             self.finish()
-            host.append((seconds - waits.seconds) / num_steps * 1e3)
-            core.append((core_time.seconds - waits.seconds) / num_steps * 1e3)
+            core = core_time.seconds - waits.seconds - launch_time.seconds
+            outputs = seconds - core_time.seconds
+            parts.append((core / num_steps, launch_time.seconds / num_steps, outputs / num_steps))
             return seconds / num_steps * 1e3
 
         run()
-        host.clear()
-        core.clear()
+        parts.clear()
         runs = self.repeated(run)
         roofline = self.roofline.decode(1, batch * (input_len + output_len / 2)) * 1e3
-        note = f"host {statistics.median(host):.3f} ms, of it schedule, launch, update {statistics.median(core):.3f}"
+        core, launches, outputs = (statistics.median(part) * 1e3 for part in zip(*parts, strict=True))
+        note = f"host: schedule, prepare, update {core:.3f} ms, launches {launches:.3f}, outputs {outputs:.3f}"
         self.add(f"steps: ms, batch {batch}", runs, roofline, note)
 
     def shared_prefix(self) -> None:
