@@ -11,11 +11,13 @@ Graphs of different sizes never run at the same time, so they share one memory p
 one buffer. Sampling is recorded apart, per size and kind of sampling: a batch with log probabilities or penalties
 replays the model's graph and then samples eagerly.
 
-A step of nothing but prompt chunks runs faster than the host can launch its kernels, too, unless it has thousands of
-tokens. So it is recorded per number of tokens. What differs from step to step is which queries belong to whom: that is
-in the attention kernel's list of query tiles, which is filled up with empty ones.
+A step with prompt chunks runs faster than the host can launch its kernels, too, unless it has thousands of tokens. So
+it is recorded per number of tokens. What differs from step to step is which queries belong to whom: that is in the
+attention kernel's list of query tiles, which is filled up with empty ones. Requests that decode are in it with a tile
+of one token each, so one recording serves any mixture: a server's steps, where prompts arrive while others decode.
 
-    chunks of 500 and 300 tokens  ->  graph of 1024 tokens: 224 rows of padding, 16 + 10 query tiles and empty ones
+    chunks of 500 and 300 tokens, and 9 decodes  ->  graph of 1024 tokens: 215 rows of padding,
+                                                     16 + 10 + 9 query tiles and empty ones
 """
 
 from __future__ import annotations
@@ -32,9 +34,12 @@ if TYPE_CHECKING:
     from folovllm.worker.gpu_model_runner import GPUModelRunner
 
 PROMPT_SIZES = (256, 512, 768, 1024, 1536, 2048)
-"""Tokens of the recorded steps of prompt chunks: a GPU takes 5 ms for 2048 tokens of a model of 0.6B, a host 10."""
-MAX_CHUNKS = 64
-"""Prompt chunks of a recorded step."""
+"""Tokens of the recorded steps with prompt chunks: a GPU takes 5 ms for 2048 tokens of a model of 0.6B, a host 10."""
+MAX_CHUNKS = 256
+"""Requests of a recorded step with prompt chunks, those that decode among them."""
+MAX_MIXED_CONTEXT = 4096
+"""Tokens up to which a decode may be among prompt chunks that are replayed: its context is walked by one program per KV
+head, which takes long for a longer one. The decode kernel would cut it."""
 SAMPLING_KINDS = ("greedy", "temperature", "restricted")
 """No temperature at all; some, over the whole vocabulary; with top-k or top-p."""
 
@@ -59,7 +64,7 @@ class StepGraphs:
         return _smallest(self.sizes, num_reqs)
 
     def padded_prompt_size(self, num_tokens: int) -> int | None:
-        """Return the smallest recorded prompt step that holds `num_tokens` tokens, or None."""
+        """Return the smallest recorded step with chunks that holds `num_tokens` tokens, or None."""
         return _smallest(self.prompt_sizes, num_tokens)
 
     def record(self) -> None:

@@ -3,8 +3,8 @@
     host     schedule k+1 | pack, copy, launch k+1 | wait for the tokens of k | update k | schedule k+2 ...
     device   =============== step k ===============|=============== step k+1 ===============|
 
-A step of nothing but decodes replays a CUDA graph (cuda_graph.py), and so does one of nothing but prompt chunks with up
-to 2048 tokens; any other launches its kernels one by one. Sampled tokens stay in `inputs.sampled`, where the next step
+A step of nothing but decodes replays a CUDA graph (cuda_graph.py), and so does one with prompt chunks of up to 2048
+tokens; a longer one launches its kernels one by one. Sampled tokens stay in `inputs.sampled`, where the next step
 finds them; the copy to the host runs behind the device's back (StepInFlight).
 """
 
@@ -31,7 +31,7 @@ from folovllm.sample.ops.grammar_mask import GrammarMask, apply_grammar_mask
 from folovllm.utils.common import cdiv
 from folovllm.utils.triton_launch import compile_only
 from folovllm.worker.block_table import PADDING_SLOT
-from folovllm.worker.cuda_graph import MAX_CHUNKS, PROMPT_SIZES, SAMPLING_KINDS, StepGraphs
+from folovllm.worker.cuda_graph import MAX_CHUNKS, MAX_MIXED_CONTEXT, PROMPT_SIZES, SAMPLING_KINDS, StepGraphs
 from folovllm.worker.model_runner import ModelRunner, StepLayout
 from folovllm.worker.step_in_flight import NO_WATCH, NothingToCompute, StepWatch
 from folovllm.worker.step_inputs import StepInputs
@@ -299,8 +299,13 @@ class GPUModelRunner(ModelRunner):
             return 0, 0
         if layout.num_tokens == layout.num_reqs:
             return self.graphs.padded_size(layout.num_reqs) or 0, 0
-        only_chunks = layout.num_reqs <= MAX_CHUNKS and int(np.diff(layout.query_start_loc).min()) > 1
-        return 0, (self.graphs.padded_prompt_size(layout.num_tokens) or 0) if only_chunks else 0
+        if layout.num_reqs > MAX_CHUNKS:
+            return 0, 0
+        decodes = np.diff(layout.query_start_loc) == 1
+        # The prefill kernel attends for them, too; its bits are not the decode kernel's.
+        if decodes.any() and (self.model_config.deterministic or layout.seq_lens[decodes].max() > MAX_MIXED_CONTEXT):
+            return 0, 0
+        return 0, self.graphs.padded_prompt_size(layout.num_tokens) or 0
 
     def _send(self, layout: StepLayout, graph_size: int, prompt_size: int) -> AttentionMetadata:
         """Start the copy of the step's inputs; return its metadata (of the eager launch, where there is one)."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from folovllm import LLM, SamplingParams
+from folovllm.worker import gpu_model_runner
 from folovllm.worker.cuda_graph import StepGraphs
 from tests.tiny_models import VOCAB_SIZE, save_tiny_model
 
@@ -160,7 +162,42 @@ def test_recorded_prompt_steps_equal_eager_ones(
             outputs = llm.generate(prompts(lengths), mixed_params(), use_tqdm=False)
             tokens.append([list(output.outputs[0].token_ids) for output in outputs])
     assert all(t == tokens[0] for t in tokens)
-    assert set(replayed) == {256 if budget == 256 else 1536}
+    # Out of the prefix cache some prompts have one token left, which only the decode kernel does deterministically.
+    assert set(replayed) == ({256} if budget == 256 else {1536} if deterministic else {256, 1536})
+
+
+@pytest.mark.parametrize("max_context", [4096, 60])
+def test_recorded_mixed_steps_equal_eager_ones(model: Path, max_context: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts arrive while others decode; a decode with a longer context than allowed keeps its step from replay."""
+    monkeypatch.setattr(gpu_model_runner, "MAX_MIXED_CONTEXT", max_context)
+    steps: list[tuple[int, int, int]] = []
+    choose = gpu_model_runner.GPUModelRunner._recorded_sizes
+
+    def spy(runner: Any, layout: Any) -> tuple[int, int]:
+        sizes = choose(runner, layout)
+        lens = np.diff(layout.query_start_loc)
+        if lens.min() == 1 < lens.max():
+            steps.append((layout.num_tokens, int(layout.seq_lens[lens == 1].max()), sizes[1]))
+        return sizes
+
+    monkeypatch.setattr(gpu_model_runner.GPUModelRunner, "_recorded_sizes", spy)
+    tokens = []
+    for eager in (False, True):
+        llm = make_llm(model, dtype="float32", max_num_batched_tokens=512, enforce_eager=eager)
+        engine, found = llm.llm_engine, {}
+        for i, (prompt, params) in enumerate(zip(prompts([40, 50, 200, 130, 220, 33]), mixed_params(), strict=False)):
+            engine.add_request(str(i), prompt, params)
+            for _ in range(4):
+                found |= {o.request_id: list(o.outputs[0].token_ids) for o in engine.step() if o.finished}
+        while engine.has_unfinished_requests():
+            found |= {o.request_id: list(o.outputs[0].token_ids) for o in engine.step() if o.finished}
+        tokens.append(found)
+        if not eager:
+            assert len(steps) >= 4
+            for num_tokens, context, size in steps:
+                assert size == (0 if context > max_context else 256 if num_tokens <= 256 else 512)
+            assert {size > 0 for _, _, size in steps} == ({True} if max_context == 4096 else {True, False})
+    assert len(tokens[0]) == 6 and tokens[0] == tokens[1]
 
 
 def test_no_memory_growth_over_two_thousand_steps(model: Path) -> None:
