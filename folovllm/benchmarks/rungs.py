@@ -110,15 +110,15 @@ CPU = Sizes(
 )
 
 CUDA = Sizes(
-    max_model_len=4096,
-    contiguous_slots=16,
+    max_model_len=8192,
+    contiguous_slots=8,
     max_num_seqs=256,
     chunk_budget=1024,
-    num_prompts=64,
+    num_prompts=48,
     input_lens=(100, 1024),
-    output_lens=(16, 128),
+    output_lens=(16, 96),
     single=(128, 128),
-    arrivals=(32, 6, 3900),
+    arrivals=(32, 4, 8000),
     shared=(64, 2048, 32, 16),
     chat=(32, 4, 512, 64, 64),
     perplexity_tokens=32768,

@@ -304,10 +304,11 @@ class AsyncLLM(EngineClient):
                 await self._process_step(message.outputs, gives_turns=count == 1)
             else:
                 self._fail_requests(message)
-        await asyncio.sleep(0)
+        if count > 1:
+            await asyncio.sleep(0)
 
     async def _process_step(self, step: EngineCoreOutputs, gives_turns: bool) -> None:
-        """Process one step's outputs; with `gives_turns`, other tasks have theirs after every chunk but the last."""
+        """Process one step's outputs; with `gives_turns`, other tasks have theirs after every chunk."""
         has_stats = self.output_processor.log_stats
         iteration_stats = IterationStats() if has_stats else None
         for start in range(0, len(step.outputs), OUTPUT_CHUNK_SIZE):
@@ -316,7 +317,7 @@ class AsyncLLM(EngineClient):
             if processed.reqs_to_abort:
                 # The core knows nothing of text: requests that met a stop string still run there.
                 self.core_client.send(AbortRequests(processed.reqs_to_abort))
-            if gives_turns and start + OUTPUT_CHUNK_SIZE < len(step.outputs):
+            if gives_turns:
                 await asyncio.sleep(0)
         if has_stats and self._death is None:
             self._record(step.scheduler_stats, iteration_stats)

@@ -382,8 +382,11 @@ def test_steps_that_wait_become_one_output(engine: AsyncLLM, monkeypatch: pytest
     deliver, held = engine._on_message, []
 
     def hold(message: Any) -> None:
+        if not isinstance(message, StepOutputs) or not message.outputs.outputs:  # the end of an earlier test's step
+            deliver(message)
+            return
         held.append(message)
-        if isinstance(message, StepOutputs) and any(output.finish_reason for output in message.outputs.outputs):
+        if any(output.finish_reason for output in message.outputs.outputs):
             for each in held:
                 deliver(each)
 
