@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import socket
@@ -13,6 +14,8 @@ import httpx
 import pytest
 
 from folovllm.entrypoints.openai import settings as settings_module
+from folovllm.entrypoints.openai.chat_template import Renderer
+from folovllm.entrypoints.openai.errors import BadRequestError
 from folovllm.entrypoints.openai.settings import ServerSettings
 from folovllm.metrics.prometheus import PrometheusStatLogger
 from tests.http_utils import FakeEngine, Served, events, serve, wait_until
@@ -128,6 +131,42 @@ def test_bodies_beyond_the_limit_are_refused_before_they_are_read() -> None:
             pass  # the connection was closed while the client still wrote
         assert server.complete().status_code == 200
         assert len(server.engine.seen) == 2
+
+
+def test_chats_are_counted_before_their_template_is_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    render, may_render, num_started = Renderer.render_chat, threading.Event(), [0]
+    refuses: list[bool] = []
+
+    async def slow(self: Renderer, *args: Any, **kwargs: Any) -> Any:
+        num_started[0] += 1
+        while not may_render.is_set():
+            await asyncio.sleep(0.01)
+        if refuses:
+            raise BadRequestError("the template refuses it.")
+        return await render(self, *args, **kwargs)
+
+    monkeypatch.setattr(Renderer, "render_chat", slow)
+    codes: list[int] = []
+    with serve(FakeEngine(max_num_seqs=1), max_queued_requests=1) as server:
+
+        def ask() -> None:
+            with httpx.Client(base_url=server.url, timeout=20) as client:
+                body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+                codes.append(client.post("/v1/chat/completions", json=body).status_code)
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: num_started[0] == 2)
+        assert server.chat().status_code == 429
+        may_render.set()
+        for thread in threads:
+            thread.join(20)
+        assert codes == [200, 200]
+        refuses.append(True)
+        assert [server.chat().status_code for _ in range(3)] == [400] * 3  # gives its place back
+        refuses.clear()
+        assert server.chat().status_code == 200
 
 
 def test_the_queue_is_bounded() -> None:

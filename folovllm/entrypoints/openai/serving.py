@@ -77,6 +77,7 @@ class OpenAIServing:
         params: SamplingParams,
         id_prefix: str,
         aliases: Mapping[str, str],
+        is_admitted: bool = False,
     ) -> Run:
         """Queue `prompts`; return when each has its first output (all of it, unless it streams).
 
@@ -87,13 +88,15 @@ class OpenAIServing:
             params: for all prompts.
             id_prefix: begins the id that the client sees.
             aliases: SamplingParams' names -> the request's, for errors.
+            is_admitted: `admit` has counted it in already.
 
         Raises:
             APIError: the queue is full (429), a prompt or parameter cannot be (400), the engine is gone (503).
             ClientDisconnected: the client left; nothing runs any more.
         """
         num_sequences = len(prompts) * params.n
-        self._admit(num_sequences)
+        if not is_admitted:
+            self.admit(num_sequences)
         request_id = f"{id_prefix}-{uuid.uuid4().hex}"
         try:
             self._log_request(raw, request, request_id, prompts, params)
@@ -104,7 +107,7 @@ class OpenAIServing:
                 [generate(prompt, params, name, priority=priority) for prompt, name in zip(salted, names, strict=True)]
             )
         except BaseException:
-            self.num_sequences -= num_sequences
+            self.release(num_sequences)
             raise
         run = Run(self, request_id, stream, num_sequences)
         try:
@@ -117,8 +120,12 @@ class OpenAIServing:
             raise
         return run
 
-    def _admit(self, num_sequences: int) -> None:
-        """Count a request's sequences in, or refuse it."""
+    def admit(self, num_sequences: int) -> None:
+        """Count a request's sequences in, or refuse it: before anything is done for it that others wait for.
+
+        Raises:
+            APIError: there is no room for them now (429), or there never will be (400).
+        """
         if num_sequences > self.max_sequences:
             raise BadRequestError(
                 f"n: prompts x n = {num_sequences} sequences, and this server holds {self.max_sequences} at most. Send "
@@ -133,6 +140,10 @@ class OpenAIServing:
                 headers={"Retry-After": str(RETRY_AFTER_S)},
             )
         self.num_sequences += num_sequences
+
+    def release(self, num_sequences: int) -> None:
+        """Make room again; `start` and what it returns do so for their own."""
+        self.num_sequences -= num_sequences
 
     def _salted(self, prompt: PromptType, request: GenerationRequest, raw: Request) -> PromptType:
         """Return `prompt` with the cache salt of its request, and of its API key under --isolate-prefix-cache."""
@@ -224,7 +235,7 @@ class Run:
 
     async def close(self) -> None:
         """End what still runs and make room in the queue; may be called again."""
-        self._serving.num_sequences -= self._num_sequences
+        self._serving.release(self._num_sequences)
         self._num_sequences = 0
         await self.stream.aclose()
 

@@ -48,8 +48,13 @@ class OpenAIServingChat:
             params = chat_params(request, defaults, self.serving.settings, forced_schema(request, mode))
         except ValueError as error:
             raise from_value_error(error, type(request).model_fields, aliases(request)) from error
-        prompt = await self.serving.renderer.render_chat(request, show_tools=mode != "none")
-        run = await self.serving.start(raw, request, [prompt], params, "chatcmpl", aliases(request))
+        self.serving.admit(params.n)  # templates are rendered one after the other: a burst must not wait there
+        try:
+            prompt = await self.serving.renderer.render_chat(request, show_tools=mode != "none")
+        except BaseException:
+            self.serving.release(params.n)
+            raise
+        run = await self.serving.start(raw, request, [prompt], params, "chatcmpl", aliases(request), is_admitted=True)
         answer = _Answer(request, run, self.serving.model_names[0], params.n, mode)
         return await self.serving.answer(run, bool(request.stream), answer.complete, answer.events)
 
