@@ -233,7 +233,10 @@ class AsyncMPClient(AsyncCoreClient):
 
     def _describe_end(self) -> str:
         code = self._process.returncode
-        how = f"with exit status {code}" if code >= 0 else f"by signal {signal.Signals(-code).name}"
+        how = f"with exit status {code}"
+        if code < 0:
+            names = {member.value: member.name for member in signal.Signals}  # most real-time signals have none
+            how = f"by signal {names.get(-code, -code)}"
         return f"The engine process {self.pid} ended {how}."
 
     def send(self, message: ToCore) -> None:

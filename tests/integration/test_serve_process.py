@@ -203,6 +203,17 @@ def test_the_engine_in_the_servers_process(model: Path) -> None:
         assert server.stop() == 0
 
 
+def test_a_server_of_ones_own_asks_for_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it take the user's: examples would get 401s from it."""
+    monkeypatch.setenv("FOLOVLLM_API_KEY", "the-users")
+    code = "import os; raise SystemExit('FOLOVLLM_API_KEY' in os.environ and 'it has the key' or 'it has none')"
+    with (
+        pytest.raises(RuntimeError, match="it has none"),
+        LocalServer([], command=[sys.executable, "-c", code]),
+    ):
+        pass
+
+
 def test_a_model_that_is_not_there() -> None:
     with (
         pytest.raises(RuntimeError, match=r"exit code 1.*\n.*error: .*nowhere"),

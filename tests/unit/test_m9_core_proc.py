@@ -198,14 +198,15 @@ def test_every_stream_fails_within_two_seconds_when_the_process_is_killed(monkey
     run(check())
 
 
-def test_a_death_while_nobody_listens_is_seen_by_the_next_call() -> None:
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGKILL, "SIGKILL"), (signal.SIGRTMIN + 3, "by signal 37")])
+def test_a_death_while_nobody_listens_is_seen_by_the_next_call(number: int, name: str) -> None:
     engine = fake_async_llm()
-    os.kill(pid_of(engine), signal.SIGKILL)
+    os.kill(pid_of(engine), number)
     wait_until(lambda: not is_alive(pid_of(engine)))
 
     async def check() -> None:
         await asyncio.wait_for(engine.wait_dead(), 2.0)
-        with pytest.raises(EngineDeadError, match="SIGKILL"):
+        with pytest.raises(EngineDeadError, match=name):
             await engine.check_health()
         await engine.shutdown()
 

@@ -17,6 +17,8 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 
+from folovllm.entrypoints.openai.settings import API_KEY_VARIABLE
+
 STARTUP_TIMEOUT_S = 300.0
 """A model that is not ready by then will not be."""
 SHUTDOWN_TIMEOUT_S = 60.0
@@ -47,7 +49,8 @@ class LocalServer:
 
         Args:
             args: the model and flags, without --host and --port.
-            env: variables of the environment beside this process's.
+            env: variables of the environment beside this process's, of which FOLOVLLM_API_KEY is left out: who starts
+                a server for themselves asks it without a key.
             startup_timeout_s: seconds until it must answer.
             command: what is started in its place; tests have servers with models of their own.
         """
@@ -55,7 +58,8 @@ class LocalServer:
         self.url = f"http://127.0.0.1:{self.port}"
         """Without /v1."""
         self._command = [*command, *args, "--host", "127.0.0.1", "--port", str(self.port)]
-        self._env = {**os.environ, **(env or {})}
+        inherited = {name: value for name, value in os.environ.items() if name != API_KEY_VARIABLE}
+        self._env = {**inherited, **(env or {})}
         self._startup_timeout_s = startup_timeout_s
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
         self._process: subprocess.Popen[bytes] | None = None
