@@ -105,7 +105,7 @@ def test_a_warm_up_is_short_and_waits_for_nothing() -> None:
 def test_the_batch_of_a_warm_up_shrinks_by_halves() -> None:
     work = warm_up_workload(CUDA.build("mixed", 1000, 0))
     alive = [sum(r.max_tokens > step for r in work.requests) for step in range(11)]
-    assert alive == [64, 64, 64, 64, 32, 16, 8, 4, 2, 1, 0]
+    assert alive == [48, 48, 48, 48, 24, 12, 6, 3, 1, 0, 0]
 
 
 def test_where_kernels_are_compiled_the_warm_up_is_whole() -> None:
