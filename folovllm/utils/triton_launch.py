@@ -105,7 +105,8 @@ def compile_only(device: torch.device, num_threads: int) -> Iterator[None]:
     if not triton.__version__.startswith(KNOWN_TRITON):
         yield
         return
-    with _LoadingPool(device, num_threads) as pool, triton.AsyncCompileMode(pool):
+    # An error is left to the launch that needs the kernel: raised in the mode's end, it would leave the mode on.
+    with _LoadingPool(device, num_threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         _compiled_only = {}
         try:
             yield

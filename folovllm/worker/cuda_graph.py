@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 PROMPT_SIZES = (256, 512, 768, 1024, 1536, 2048)
 """Tokens of the recorded steps with prompt chunks: a GPU takes 5 ms for 2048 tokens of a model of 0.6B, a host 10."""
-MAX_CHUNKS = 256
+MAX_PROMPT_REQS = 256
 """Requests of a recorded step with prompt chunks, those that decode among them."""
 MAX_MIXED_CONTEXT = 4096
 """Tokens up to which a decode may be among prompt chunks that are replayed: its context is walked by one program per KV
@@ -88,7 +88,7 @@ class StepGraphs:
         self._steps[size].replay()
 
     def replay_prompt(self, size: int) -> torch.Tensor:
-        """Run a prompt step of a recorded size; return hidden states [MAX_CHUNKS, E], good until the next replay."""
+        """Run a prompt step of a recorded size; return states [MAX_PROMPT_REQS, E], good until the next replay."""
         self._prompt_steps[size].replay()
         return self._hidden[size]
 

@@ -31,7 +31,7 @@ from folovllm.sample.ops.grammar_mask import GrammarMask, apply_grammar_mask
 from folovllm.utils.common import cdiv
 from folovllm.utils.triton_launch import compile_only
 from folovllm.worker.block_table import PADDING_SLOT
-from folovllm.worker.cuda_graph import MAX_CHUNKS, MAX_MIXED_CONTEXT, PROMPT_SIZES, SAMPLING_KINDS, StepGraphs
+from folovllm.worker.cuda_graph import MAX_MIXED_CONTEXT, MAX_PROMPT_REQS, PROMPT_SIZES, SAMPLING_KINDS, StepGraphs
 from folovllm.worker.model_runner import ModelRunner, StepLayout
 from folovllm.worker.step_in_flight import NO_WATCH, NothingToCompute, StepWatch
 from folovllm.worker.step_inputs import StepInputs
@@ -93,7 +93,7 @@ class GPUModelRunner(ModelRunner):
             impl = next(iter(self._attention_layers().values())).impl
             assert isinstance(impl, TritonPagedImpl)
             self._tile_tokens = impl.prefill_tile_tokens(self.dtype, device)
-            self._output_rows = torch.zeros(MAX_CHUNKS, dtype=torch.int64, device=device)
+            self._output_rows = torch.zeros(MAX_PROMPT_REQS, dtype=torch.int64, device=device)
             self._tiles = torch.zeros((self._max_tiles(max(PROMPT_SIZES)), 4), dtype=torch.int32, device=device)
         return num_bytes
 
@@ -170,7 +170,7 @@ class GPUModelRunner(ModelRunner):
 
     def _max_tiles(self, num_tokens: int) -> int:
         """Return the most query tiles of a recorded prompt step: the last tile of each chunk may be short."""
-        return cdiv(num_tokens, self._tile_tokens) + MAX_CHUNKS
+        return cdiv(num_tokens, self._tile_tokens) + MAX_PROMPT_REQS
 
     @torch.inference_mode()
     def profile_graph_memory(self) -> int:
@@ -225,7 +225,7 @@ class GPUModelRunner(ModelRunner):
     def launch_prompt(self, size: int) -> torch.Tensor:
         """Launch the layers for `size` tokens of prompt chunks, of which `_tiles` says whose they are.
 
-        Returns the hidden states of `_output_rows`, [MAX_CHUNKS, E].
+        Returns the hidden states of `_output_rows`, [MAX_PROMPT_REQS, E].
         """
         inputs = self.inputs
         assert issubclass(self.attn_backend, TritonPagedBackend)
@@ -299,7 +299,7 @@ class GPUModelRunner(ModelRunner):
             return 0, 0
         if layout.num_tokens == layout.num_reqs:
             return self.graphs.padded_size(layout.num_reqs) or 0, 0
-        if layout.num_reqs > MAX_CHUNKS:
+        if layout.num_reqs > MAX_PROMPT_REQS:
             return 0, 0
         decodes = np.diff(layout.query_start_loc) == 1
         # The prefill kernel attends for them, too; its bits are not the decode kernel's.
@@ -327,7 +327,7 @@ class GPUModelRunner(ModelRunner):
             tiles = build_tiles(layout.query_start_loc, layout.seq_lens, requests, self._tile_tokens)
             packed_tiles = inputs.pack(tiles, 4 * self._max_tiles(prompt_size))
             last_rows = layout.query_start_loc[1:] - 1
-            packed_rows = inputs.pack(last_rows, MAX_CHUNKS, padding=int(last_rows[-1]))
+            packed_rows = inputs.pack(last_rows, MAX_PROMPT_REQS, padding=int(last_rows[-1]))
         inputs.send()
         if len(rows):
             inputs.write_block_table(*changed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from typing import Any
@@ -14,7 +15,9 @@ if not torch.cuda.is_available():
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
+from triton.runtime import _async_compile  # noqa: E402
 
+from folovllm.utils import triton_launch  # noqa: E402
 from folovllm.utils.triton_launch import FastKernel, compile_only, fast_launch, kinds_of  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -96,6 +99,31 @@ def test_compile_only_compiles_and_does_not_launch(monkeypatch: pytest.MonkeyPat
     assert len(kernels) == 2 and all(k.module is not None for k in kernels), "loaded"
     check(x, None, 96, 1, 2.0, False, kernel)
     assert len(compiled) == 2
+
+
+def test_a_kernel_that_does_not_compile_is_left_to_its_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not to the next engine of the process, which would find a mode that nobody ended."""
+    submitted: list[Any] = []
+
+    def fail() -> None:
+        raise RuntimeError("too much shared memory")
+
+    class Broken:
+        def warmup(self, *args: Any, **options: Any) -> Any:
+            mode = _async_compile.active_mode.get()
+            assert mode is not None
+            submitted.append(mode.submit(len(submitted), fail, lambda kernel: None))
+            return submitted[-1]
+
+    monkeypatch.setattr(triton_launch, "KNOWN_TRITON", "")
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    for _ in range(2):
+        with compile_only(torch.device("cpu"), 2):
+            FastKernel(Broken())[(1,)](1)  # type: ignore[arg-type]
+        assert _async_compile.active_mode.get() is None
+    assert len(submitted) == 2
+    with pytest.raises(RuntimeError, match="too much shared memory"):
+        submitted[0].result()
 
 
 def test_kinds() -> None:
