@@ -54,6 +54,8 @@ MAX_SPLITS = 32
 PROGRAMS = 2048
 """Programs of a launch: some four for each place on an H100, so that uneven ones even out. Contexts are cut until there
 are so many and no further, because a program costs a little also if it finds nothing to do."""
+SORTED_PROGRAMS = 768
+"""Programs from which on requests should come longest first: see `wants_longest_first`."""
 COMBINE_NUMBERS_PER_WARP = 4096
 """Numbers of parts that a program which combines loads at once: 128 a thread."""
 
@@ -320,6 +322,15 @@ def choose_decode_config(
     if itemsize == 4:  # float32 runs without tensor cores: small tiles, or registers spill
         config = replace(config, block_n=32, num_warps=4, num_stages=2)
     return _fit(config, head_size, itemsize, shared_memory_bytes)
+
+
+def wants_longest_first(num_reqs: int, num_kv_heads: int) -> bool:
+    """Return whether `num_reqs` decodes are faster with the longest contexts first (`rows` and `reqs` name the order).
+
+    A GPU starts programs in order, as others end. Where there are several for each place, the last to start had better
+    be short: a long one would read alone at the end. It is worth 2 to 8% on an H100 (docs/dev/milestone_4.md).
+    """
+    return num_reqs * num_kv_heads >= SORTED_PROGRAMS
 
 
 def _fit(config: DecodeConfig, head_size: int, itemsize: int, limit_bytes: int) -> DecodeConfig:

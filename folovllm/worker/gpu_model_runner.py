@@ -18,6 +18,7 @@ import torch
 
 from folovllm.attention.backends.abstract import AttentionBackend, AttentionMetadata
 from folovllm.attention.backends.paged_triton import TritonPagedBackend, TritonPagedImpl
+from folovllm.attention.triton_decode import wants_longest_first
 from folovllm.attention.triton_prefill import build_tiles
 from folovllm.config import VllmConfig
 from folovllm.kv_cache_interface import KVCacheConfig
@@ -69,6 +70,8 @@ class GPUModelRunner(ModelRunner):
         self._top_p: torch.Tensor
         self._seeds: torch.Tensor
         self._sampling_version = -1
+        self._order = np.empty(0, dtype=np.int64)
+        self._order_state = (-1, 0)
 
     @property
     def uses_graphs(self) -> bool:
@@ -88,12 +91,13 @@ class GPUModelRunner(ModelRunner):
         self._top_p = torch.ones(n, dtype=torch.float32, device=device)
         self._seeds = torch.zeros(n, dtype=torch.int64, device=device)
         self._query_starts = torch.arange(n + 1, dtype=torch.int32, device=device)
+        self._num_kv_heads = next(iter(self._attention_layers().values())).num_kv_heads
         self._tile_tokens = 0
         if issubclass(self.attn_backend, TritonPagedBackend):
             impl = next(iter(self._attention_layers().values())).impl
             assert isinstance(impl, TritonPagedImpl)
             self._tile_tokens = impl.prefill_tile_tokens(self.dtype, device)
-            self._output_rows = torch.zeros(MAX_PROMPT_REQS, dtype=torch.int64, device=device)
+            self._output_rows = torch.zeros(MAX_PROMPT_REQS, dtype=torch.int32, device=device)
             self._tiles = torch.zeros((self._max_tiles(max(PROMPT_SIZES)), 4), dtype=torch.int32, device=device)
         return num_bytes
 
@@ -218,6 +222,7 @@ class GPUModelRunner(ModelRunner):
             block_table=inputs.block_table[:size],
             slot_mapping=inputs.slot_mapping[:size],
             pdl=size <= PDL_MAX_DECODES and supports_pdl(self.device),
+            order=inputs.order(size) if self._wants_longest_first(size) else None,
         )
         hidden = self.model(inputs.input_ids[:size], inputs.positions[:size], metadata)
         self.model.lm_head.compute_into(self._logits[:size], hidden)
@@ -286,7 +291,7 @@ class GPUModelRunner(ModelRunner):
             prompt_logprobs = self._gather_prompt_logprobs(hidden, num_scheduled, metadata)
             self.model.lm_head.compute_into(self._logits[: layout.num_reqs], self._hidden_of_last(hidden, metadata))
         watch.lap("forward")
-        self.input_batch.sampling_metadata.grammar_mask = self._grammar_mask(get_grammar_output)
+        self._refresh_sampling_metadata(get_grammar_output)
         tokens, logprobs = self._draw_tokens(metadata, graph_size)
         step = self._launched(tokens, num_scheduled, logprobs, prompt_logprobs)
         watch.lap("sample")
@@ -318,6 +323,8 @@ class GPUModelRunner(ModelRunner):
         inputs.pack(layout.positions, num_tokens)
         inputs.pack(layout.slot_mapping, num_tokens, padding=PADDING_SLOT)
         inputs.pack(layout.seq_lens, num_reqs)
+        if graph_size and self._wants_longest_first(graph_size):
+            inputs.pack(self._longest_first(layout.seq_lens, graph_size))
         query_start_loc = inputs.pack(layout.query_start_loc)
         rows, values = self.input_batch.block_table.take_changed_rows()
         if len(rows):
@@ -326,8 +333,9 @@ class GPUModelRunner(ModelRunner):
             requests = range(layout.num_reqs)
             tiles = build_tiles(layout.query_start_loc, layout.seq_lens, requests, self._tile_tokens)
             packed_tiles = inputs.pack(tiles, 4 * self._max_tiles(prompt_size))
+        if not graph_size:
             last_rows = layout.query_start_loc[1:] - 1
-            packed_rows = inputs.pack(last_rows, MAX_PROMPT_REQS, padding=int(last_rows[-1]))
+            packed_rows = inputs.pack(last_rows, MAX_PROMPT_REQS if prompt_size else None, padding=int(last_rows[-1]))
         inputs.send()
         if len(rows):
             inputs.write_block_table(*changed)
@@ -342,8 +350,24 @@ class GPUModelRunner(ModelRunner):
         )
         if graph_size or prompt_size:
             return metadata
-        self._choose_output_rows(metadata)
+        if self._wants_last_rows(metadata):
+            metadata.output_rows = packed_rows
         return self.attn_backend.build_metadata(metadata, self.block_size, self.dtype)
+
+    def _wants_longest_first(self, num_reqs: int) -> bool:
+        return wants_longest_first(num_reqs, self._num_kv_heads)
+
+    def _longest_first(self, seq_lens: np.ndarray, size: int) -> np.ndarray:
+        """Return the rows of a recorded decode step [size], by sequence length; padding comes last.
+
+        Steps of decodes add a token to each, so the order holds as long as the batch does.
+        """
+        state = (self.input_batch.version, size)
+        if self._order_state != state:
+            self._order_state = state
+            rows = np.argsort(seq_lens, kind="stable")[::-1]
+            self._order = np.concatenate([rows, np.arange(len(rows), size)])
+        return self._order
 
     def _source_rows(self, layout: StepLayout) -> np.ndarray:
         """Return [T] int32: the row of `inputs.sampled` that holds a token which the host does not know, else -1."""

@@ -4,11 +4,13 @@ The host works out the flat batch with numpy and packs it into one pinned buffer
 copy brings it over, and one kernel unpacks it into tensors whose addresses never change, so that CUDA graphs can read
 them:
 
-    packed   | input ids | source | positions | slots |  sequence lengths | query starts | block table rows
-               T           T        T           T        B                  B + 1          R x W, with R row numbers
+    packed   | input ids | source | positions | slots | sequence lengths | order | query starts | block table rows
+               T           T        T           T       B                  B       B + 1          R x W, R row numbers
 
     unpack   input_ids[i] = source[i] >= 0 ? sampled[source[i]] : id[i]
              positions, slot_mapping, seq_lens, draw_positions
+
+    order    of a recorded decode step that wants one: its requests, the longest contexts first
 
 The host does not know every token: those that a step in flight samples stay on the GPU, in `sampled`.
 
@@ -83,7 +85,7 @@ class StepInputs:
         self.draw_positions = zeros(max_num_reqs, torch.int64)
         """Index of the token that each request draws: its sequence length."""
         self.block_table = torch.zeros((max_num_reqs, max_num_blocks), dtype=torch.int32, device=device)
-        size = 4 * max_num_tokens + 2 * max_num_reqs + 1 + max_num_reqs * (max_num_blocks + 1) + EXTRA
+        size = 4 * max_num_tokens + 4 * max_num_reqs + 1 + max_num_reqs * (max_num_blocks + 1) + EXTRA
         self._packed = zeros(size, torch.int32)
         self._pinned = [torch.empty(size, dtype=torch.int32, pin_memory=True) for _ in range(NUM_BUFFERS)]
         self._next = 0
@@ -108,6 +110,10 @@ class StepInputs:
         """Start the copy of all that was packed."""
         pinned = self._pinned[self._next - 1]
         self._packed[: self._used].copy_(pinned[: self._used], non_blocking=True)
+
+    def order(self, num_reqs: int) -> torch.Tensor:
+        """Return where the order [num_reqs] of a decode step lies: behind as many ids, sources, and so on."""
+        return self._packed[5 * num_reqs : 6 * num_reqs]
 
     def unpack(self, num_tokens: int, num_reqs: int) -> None:
         """Launch the kernel for a buffer that begins with ids, source, positions, slots and sequence lengths."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from folovllm import LLM, SamplingParams
+from folovllm.attention import triton_decode
 from folovllm.worker import gpu_model_runner
 from folovllm.worker.cuda_graph import StepGraphs
 from tests.tiny_models import VOCAB_SIZE, save_tiny_model
@@ -131,6 +132,30 @@ def test_padding_to_a_captured_size_is_invisible(model: Path, expected: Tokens) 
     llm = make_llm(model, dtype="float32", cuda_graph_sizes=[16])
     assert llm.llm_engine.executor.worker.model_runner.graph_sizes() == [16]
     assert generate(llm, mixed_params()) == expected
+
+
+@pytest.mark.parametrize("num_blocks", [None, 18])
+@pytest.mark.parametrize("sizes", [None, [16]])
+def test_starting_with_the_longest_contexts_changes_nothing(
+    model: Path, expected: Tokens, sizes: list[int] | None, num_blocks: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contexts of 1 to 90 tokens come and go, also by preemption, in batches filled up with padding."""
+    orders = []
+    longest_first = gpu_model_runner.GPUModelRunner._longest_first
+
+    def recorded(self: Any, seq_lens: np.ndarray, size: int) -> np.ndarray:
+        orders.append((seq_lens.copy(), longest_first(self, seq_lens, size).copy()))
+        return orders[-1][1]
+
+    monkeypatch.setattr(triton_decode, "SORTED_PROGRAMS", 1)
+    monkeypatch.setattr(gpu_model_runner.GPUModelRunner, "_longest_first", recorded)
+    options: dict[str, Any] = {} if num_blocks is None else {"num_gpu_blocks_override": num_blocks}
+    llm = make_llm(model, dtype="float32", cuda_graph_sizes=sizes, **options)
+    assert generate(llm, mixed_params()) == expected
+    assert len(orders) > 20 and any((np.diff(order) != 1).any() for _, order in orders)
+    for seq_lens, order in orders:
+        assert sorted(order.tolist()) == list(range(len(order)))
+        assert (np.diff(seq_lens[order[: len(seq_lens)]]) <= 0).all()
 
 
 @pytest.mark.parametrize("budget", [256, 2048])

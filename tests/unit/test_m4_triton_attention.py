@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,6 +38,7 @@ from folovllm.attention.triton_decode import (  # noqa: E402
     decode_workspace_size,
     paged_decode,
     shared_workspace,
+    wants_longest_first,
 )
 from folovllm.attention.triton_prefill import (  # noqa: E402
     PrefillConfig,
@@ -43,6 +46,7 @@ from folovllm.attention.triton_prefill import (  # noqa: E402
     choose_prefill_config,
     paged_prefill,
 )
+from folovllm.worker.gpu_model_runner import GPUModelRunner  # noqa: E402
 from tests.unit.test_m3_paged_attention import Batch, Problem, make_problem  # noqa: E402
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -364,12 +368,20 @@ def test_padding_rows_read_nothing_and_become_zero(config: DecodeConfig) -> None
     assert torch.equal(got[1], torch.zeros_like(got[1]))
 
 
-def test_pure_decode_metadata_needs_no_host_lists() -> None:
+@pytest.mark.parametrize("ordered", [False, True])
+def test_pure_decode_metadata_needs_no_host_lists(ordered: bool) -> None:
     """What a CUDA graph records: the tensors' contents change, the metadata does not."""
     problem = make_problem(BATCHES["decodes"], 16)
     common = on_device(problem.metadata)
+    order = torch.argsort(common.seq_lens, descending=True).int() if ordered else None
     metadata = TritonPagedBackend.build_decode_metadata(
-        common.num_reqs, 512, common.query_start_loc, common.seq_lens, common.block_table, common.slot_mapping
+        common.num_reqs,
+        512,
+        common.query_start_loc,
+        common.seq_lens,
+        common.block_table,
+        common.slot_mapping,
+        order=order,
     )
     impl = TritonPagedImpl(4, 64, 64**-0.5, 2)
     query, key, value, cache = (
@@ -377,6 +389,23 @@ def test_pure_decode_metadata_needs_no_host_lists() -> None:
     )
     out = impl.forward(query, key, value, cache, metadata, torch.full_like(query, float("nan")))
     torch.testing.assert_close(out.cpu(), problem.run(TorchNaiveBackend), atol=2e-5, rtol=0)
+
+
+def test_the_longest_contexts_come_first_and_padding_last() -> None:
+    batch = SimpleNamespace(version=1)
+    runner: Any = SimpleNamespace(input_batch=batch, _order=None, _order_state=(-1, 0))
+    order = GPUModelRunner._longest_first(runner, np.array([5, 900, 1, 70], dtype=np.int32), 6)
+    assert order.tolist() == [1, 3, 0, 2, 4, 5]
+    # A step later each is one token longer: nothing to sort. Another batch, or another size, is another order.
+    assert GPUModelRunner._longest_first(runner, np.array([6, 901, 2, 71], dtype=np.int32), 6) is order
+    batch.version = 2
+    assert GPUModelRunner._longest_first(runner, np.array([3, 1], dtype=np.int32), 2).tolist() == [0, 1]
+    assert GPUModelRunner._longest_first(runner, np.array([3, 1], dtype=np.int32), 4).tolist() == [0, 1, 2, 3]
+
+
+def test_order_matters_only_where_programs_wait_for_a_place() -> None:
+    assert wants_longest_first(256, 8) and wants_longest_first(96, 8)
+    assert not wants_longest_first(64, 8) and not wants_longest_first(1, 8)
 
 
 @pytest.mark.gpu

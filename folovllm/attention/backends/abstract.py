@@ -44,7 +44,7 @@ class AttentionMetadata:
     seq_lens_cpu: list[int]
     """seq_lens on the host."""
     output_rows: torch.Tensor | None = field(default=None, kw_only=True)
-    """[n] int64 on the device, ascending: the tokens whose hidden states are read after the last layer; None: all.
+    """[n] int64 or int32 on the device, ascending: tokens whose hidden states are read after the last layer; None: all.
 
     The last layer computes keys and values of the others, and leaves it at that. vLLM computes all, then selects.
     """

@@ -154,6 +154,7 @@ class TritonPagedBackend(AttentionBackend):
         slot_mapping: torch.Tensor,
         workspace: DecodeWorkspace | None = None,
         pdl: bool = False,
+        order: torch.Tensor | None = None,
     ) -> TritonPagedMetadata:
         """Return the metadata of a pure decode step, from static numbers and persistent device tensors alone.
 
@@ -163,6 +164,7 @@ class TritonPagedBackend(AttentionBackend):
         [num_reqs, blocks] int32, slot_mapping [num_reqs] int64. Contexts must not exceed `max_model_len`.
         `workspace`: see TritonPagedMetadata. With None, run the same step once before it is recorded: the shared
         workspace is allocated then, outside the recording, and all recorded graphs and eager steps use it in turn.
+        `order`: [num_reqs] int32, all requests in the order in which to start on them; None is their own.
         """
         return TritonPagedMetadata(
             num_actual_tokens=num_reqs,
@@ -176,8 +178,8 @@ class TritonPagedBackend(AttentionBackend):
             query_start_loc_cpu=[],
             seq_lens_cpu=[],
             num_decodes=num_reqs,
-            decode_rows=None,
-            decode_reqs=None,
+            decode_rows=order,
+            decode_reqs=order,
             prefill_reqs=[],
             deterministic=cls.deterministic,
             pdl=pdl,

@@ -41,6 +41,11 @@ if TYPE_CHECKING:
 SMALL_BATCH_HIDDEN_SIZE = 2048
 """Above it only single rows take the small-batch path: with more, cuBLAS wins (docs/dev/milestone_4.md)."""
 
+LONG_INPUTS = 8192
+"""Inputs from which on cuBLASLt's choice of a kernel beats cuBLAS's by up to 14% for LONG_INPUTS_MAX_TOKENS or fewer
+(12,288 inputs, 4,096 outputs; docs/dev/milestone_4.md). With fewer inputs both choose alike."""
+LONG_INPUTS_MAX_TOKENS = 384
+
 PDL_MAX_TOKENS = 256
 """Above it programmatic dependent launch slows the QK-norm kernel down."""
 
@@ -71,8 +76,9 @@ def run_layers(
         return _run_small_batch(model, hidden, positions, attn_metadata, pdl)
     residual = hidden
     norms = _norms_after(model, layers)
-    # Our own products of medium batches, for the shapes where they measured faster than cuBLAS.
-    ours = pdl and not model.deterministic and layers[0].is_plain and batch_linear.runs_on_triton(hidden)
+    ours = pdl and not model.deterministic and _beats_cublas_somewhere(layers[0], hidden)
+    if hidden.shape[0] >= batch_linear.MIN_ROWS:
+        pdl = ours  # kernels between cuBLAS's cannot start early: nothing signals before it ends
     hidden = rms_norm(hidden, layers[0].input_norm.weight, layers[0].input_norm.eps, pdl=pdl)
     for layer, next_norm in zip(layers, norms, strict=True):
         if ours and _beats_cublas(hidden, layer.qkv_weights[0], "none"):
@@ -113,6 +119,15 @@ def _beats_cublas(x: torch.Tensor, weight: torch.Tensor, epilogue: batch_linear.
     if epilogue == "silu_mul":
         num_outputs //= 2
     return batch_linear.uses_batch_linear(x.shape[0], num_outputs, num_inputs, epilogue)
+
+
+def _beats_cublas_somewhere(layer: Layer, x: torch.Tensor) -> bool:
+    """Return whether some of a layer's products are faster as our own, which are for medium batches, than cuBLAS's."""
+    if not layer.is_plain or not batch_linear.runs_on_triton(x):
+        return False
+    weights = (layer.qkv_weights[0], layer.gate_up_weights[0], layer.o_weights[0], layer.down_weights[0])
+    epilogues: tuple[batch_linear.Epilogue, ...] = ("none", "silu_mul", "norm", "norm")
+    return any(_beats_cublas(x, weight, epilogue) for weight, epilogue in zip(weights, epilogues, strict=True))
 
 
 def _run_small_batch(
@@ -230,7 +245,7 @@ def _output_rows(
     prompt of 2,048 tokens takes in a model of 36 layers, and the dequantization of three of its weights.
     """
     rows = attn_metadata.output_rows
-    return (attended, residual) if rows is None else (attended[rows], residual[rows])
+    return (attended, residual) if rows is None else (attended.index_select(0, rows), residual.index_select(0, rows))
 
 
 def _norms_after(model: LlamaModel, layers: list[Layer]) -> list[_Norm]:
@@ -278,8 +293,18 @@ def _product(projection: LinearBase) -> tuple[Callable[[torch.Tensor], torch.Ten
     is_plain = type(projection.quant_method) is UnquantizedLinearMethod and bias is None
     if is_plain and weight is not None and weight.is_cuda:
         # The product that the method comes to, without its way there: a prompt has 112 of them.
-        return partial(torch.mm, mat2=weight.t()), (weight, bias)
+        product = partial(torch.mm, mat2=weight.t())
+        if weight.shape[1] >= LONG_INPUTS:
+            product = partial(_long_product, weight.t(), weight.new_zeros(weight.shape[0]))
+        return product, (weight, bias)
     return projection.forward, (weight, bias)
+
+
+def _long_product(weight: torch.Tensor, zeros: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return x @ weight, [T, N]; for up to hundreds of rows by cuBLASLt, where torch goes with a bias."""
+    if x.shape[0] <= LONG_INPUTS_MAX_TOKENS:
+        return torch.addmm(zeros, x, weight)
+    return torch.mm(x, weight)
 
 
 def _cpu_weights(*projections: LinearBase) -> dict[str, cpu_kernels.CPUWeight]:

@@ -199,7 +199,7 @@ class LlamaModel(nn.Module):
         for layer in self.layers:
             hidden, residual = layer(hidden, residual, cos_sin, attn_metadata)
         normed: torch.Tensor = self.norm(hidden, residual)[0]
-        return normed if attn_metadata.output_rows is None else normed[attn_metadata.output_rows]
+        return normed if attn_metadata.output_rows is None else normed.index_select(0, attn_metadata.output_rows)
 
 
 class LlamaForCausalLM(nn.Module):
