@@ -323,7 +323,7 @@ class GPUModelRunner(ModelRunner):
         inputs.pack(layout.positions, num_tokens)
         inputs.pack(layout.slot_mapping, num_tokens, padding=PADDING_SLOT)
         inputs.pack(layout.seq_lens, num_reqs)
-        if graph_size and self._wants_longest_first(graph_size):
+        if graph_size and self._wants_longest_first(graph_size):  # right behind the lengths: see StepInputs.order
             inputs.pack(self._longest_first(layout.seq_lens, graph_size))
         query_start_loc = inputs.pack(layout.query_start_loc)
         rows, values = self.input_batch.block_table.take_changed_rows()
