@@ -7,8 +7,9 @@ whose keys and values fit the L2 cache rotate through several sets of them, as t
 row, the best tile, the default one and reference numbers: the libraries', and our own from when a second kernel
 combined the splits. Writes everything to $OUT/attention_kernels.json.
 Variants are compiled beforehand by a pool of processes that share Triton's cache. `--rows`: only rows whose names
-contain one of these words, separated by commas. "+-30%": contexts drawn evenly from that range. `--smoke`: tiny shapes,
-any device (without CUDA through Triton's interpreter), no meaningful times.
+contain one of these words, separated by commas; "workload": also the contexts of gpu_workloads' A as it goes on.
+"+-30%": contexts drawn evenly from that range. `--smoke`: tiny shapes, any device (without CUDA through Triton's
+interpreter), no meaningful times.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ if not torch.cuda.is_available():
 from folovllm.attention.backends.flash_attn import PROVIDERS, VarlenBatch
 from folovllm.attention.triton_decode import DecodeConfig, choose_decode_config, paged_decode
 from folovllm.attention.triton_prefill import PrefillConfig, build_tiles, choose_prefill_config, paged_prefill
+from tests.benchmark.gpu_workloads import draw_lengths
+from tests.triton_interpreter import index_scalars
 
 H, HKV, D, PAGE = 16, 8, 128, 16
 KV_BYTES = 2 * HKV * D * 2  # of a token, bfloat16
@@ -103,6 +106,12 @@ def around(tokens: int, count: int) -> list[int]:
     return draw(tokens * 7 // 10, tokens * 13 // 10, count)
 
 
+def contexts_of_workload_a(num_steps: int) -> list[int]:
+    """The contexts of gpu_workloads' A that still decode after so many steps."""
+    input_lens, output_lens = draw_lengths(256, 100, 1024)
+    return [n + num_steps for n, m in zip(input_lens, output_lens, strict=True) if m > num_steps]
+
+
 def make_rows(smoke: bool, words: list[str]) -> list[Row]:
     rows: dict[str, tuple[list[int], int]] = {
         "decode 256 x 800": ([800] * 256, 1),
@@ -119,6 +128,8 @@ def make_rows(smoke: bool, words: list[str]) -> list[Row]:
         "prefill 16 x 1024": ([1024] * 16, 2),
         "prefill 1 x 2048": ([2048], 8),
     }
+    if any("workload" in word for word in words):  # not without being asked for: ten more rows take minutes
+        rows |= {f"decode workload A, step {n}": (contexts_of_workload_a(n), 1) for n in (5, *range(100, 1000, 100))}
     if smoke:
         rows = {"decode 32 x 512": ([290, 20], 2), "prefill 1 x 2048": ([33], 1)}
     return [make_row(name, *row) for name, row in rows.items() if any(word in name for word in words)]
@@ -152,12 +163,14 @@ def time_us(calls: list[Callable[[], None]]) -> float:
     return statistics.median(times[1:])
 
 
-def run_decode(row: Row, cache: torch.Tensor, config: DecodeConfig) -> None:
-    paged_decode(row.query, cache, row.table, row.seq_lens_tensor, row.out, D**-0.5, config)
+def decode_calls(row: Row, config: DecodeConfig, order: torch.Tensor | None = None) -> list[Callable[[], None]]:
+    """Return a call for each set of pages; `order` [B] int32: the requests in the order in which to start on them."""
 
+    def call(cache: torch.Tensor) -> None:
+        lens, scale = row.seq_lens_tensor, D**-0.5
+        paged_decode(row.query, cache, row.table, lens, row.out, scale, config, rows=order, reqs=order)
 
-def decode_calls(row: Row, config: DecodeConfig) -> list[Callable[[], None]]:
-    return [lambda cache=cache: run_decode(row, cache, config) for cache in row.caches]  # type: ignore[misc]
+    return [lambda cache=cache: call(cache) for cache in row.caches]  # type: ignore[misc]
 
 
 def prefill_calls(row: Row, config: PrefillConfig) -> list[Callable[[], None]]:
@@ -280,7 +293,7 @@ def sweep(row: Row, deadline: float, smoke: bool) -> dict[str, Any]:
 
 
 def extras(row: Row, best: dict[str, Any]) -> dict[str, Any]:
-    """The default tile with programmatic launch, deterministic, over fp8; every library that can run a prefill."""
+    """The default tile in another order, with programmatic launch, deterministic, over fp8; libraries for a prefill."""
     found: dict[str, Any] = {}
 
     def measure(name: str, make: Callable[[], list[Callable[[], None]]]) -> None:
@@ -293,6 +306,8 @@ def extras(row: Row, best: dict[str, Any]) -> dict[str, Any]:
         default = default_config(row)
         assert isinstance(default, DecodeConfig)
         fixed = choose_decode_config(len(row.seq_lens), HKV, 2048, deterministic=True)
+        longest_first = row.seq_lens_tensor.argsort(descending=True).int()
+        measure("longest first", lambda: decode_calls(row, default, longest_first))
         measure("pdl", lambda: decode_calls(row, replace(default, pdl=True)))
         measure("pdl, best", lambda: decode_calls(row, DecodeConfig(**best | {"pdl": True})))
         measure("deterministic", lambda: decode_calls(row, fixed))
@@ -354,7 +369,9 @@ def main() -> None:
     args = parser.parse_args()
     start = time.monotonic()
     results: dict[str, Any] = {"torch": torch.__version__, "device": str(device)}
-    if device.type == "cuda":
+    if device.type != "cuda":
+        index_scalars()
+    else:
         results["device"] = torch.cuda.get_device_name()
     rows = make_rows(args.smoke, args.rows.split(","))
     if not args.smoke:

@@ -4,8 +4,8 @@
 
 Timed in CUDA graphs over distinct weights, more of them than the L2 cache holds, as in gemv_kernels.py. "norm" and
 "silu_mul" products include the kernel that follows: for cuBLAS, fused_ops' with PDL. Prints which prefetch instruction
-works, the best tile of every product, layers without attention, the fixed tiles of deterministic_linear, and last the
-entries of batch_linear.MEASURED; all numbers go to $OUT/gemm_kernels.json.
+works, the best tile of every product, layers without attention, what cuBLAS's two interfaces choose, the fixed tiles of
+deterministic_linear, and last the entries of batch_linear.MEASURED; all numbers go to $OUT/gemm_kernels.json.
 """
 
 from __future__ import annotations
@@ -165,6 +165,7 @@ FIXED = [  # for deterministic_linear
     Config(128, 128, 64, 8, 3, tma=True), Config(64, 32, 128, 4, 4, tma=True),
 ]  # fmt: skip
 FIXED_ROWS = (1, 32, 256, 2048)
+INTERFACE_ROWS = (32, 64, 96, 128, 160, 192, 224, 256, 384, 512, 2048)
 
 
 def tiles_for(product: Product, m: int) -> list[Config]:
@@ -367,7 +368,7 @@ class Bench:
             self.time_one(product, m, pdl, tile)
 
     def layers_us(self, m: int, variant: str) -> float:
-        """Microseconds of all layers without attention: "cublas", "ours" (or without PDL), or whichever is faster."""
+        """Microseconds of all layers without attention: "cublas", "ours" (without PDL), or whichever is faster."""
         qkv, o, gate_up, down = self.products
         _, (residual, gamma) = operands(down, m, "cuda")
         hidden = torch.randn(m, qkv.k, dtype=BF16, device="cuda")
@@ -376,6 +377,8 @@ class Bench:
         def product(p: Product, i: int, x: torch.Tensor) -> Any:
             weight = self.weights[p.name][i % p.copies]
             us, tile = self.best[p.name, m]
+            if variant == "cublas, no PDL":
+                return cublas(p, x, weight, (residual, gamma), pdl=False)
             if variant == "cublas" or (variant == "best" and us > MUST_WIN * self.cublas_us[p.name, m]):
                 return cublas(p, x, weight, (residual, gamma))
             if variant == "ours, no PDL":
@@ -389,6 +392,19 @@ class Bench:
                 normed = product(down, i, product(gate_up, i, product(o, i, attended)))
 
         return graph_us([step])
+
+    def interfaces(self) -> dict[str, dict[int, tuple[float, float]]]:
+        """Microseconds of each product by rows: by cuBLAS, and with a bias of zeros, where torch goes to cuBLASLt."""
+        table: dict[str, dict[int, tuple[float, float]]] = {}
+        for product in self.products:
+            weights = self.weights[product.name]
+            zeros = weights[0].new_zeros(weights[0].shape[0])
+            for m in INTERFACE_ROWS:
+                x, _ = operands(product, m, "cuda")
+                calls = [[lambda w=w, x=x, b=b: F.linear(x, w, b) for w in weights] for b in (None, zeros)]
+                plain, biased = (graph_us(chain) / len(chain) for chain in calls)
+                table.setdefault(product.name, {})[m] = (plain, biased)
+        return table
 
     def fixed_tiles(self) -> dict[str, dict[str, float]]:
         """Microseconds of each product with each tile of deterministic_linear, and of cuBLAS."""
@@ -466,7 +482,7 @@ def run_model(model: str, batches: Sequence[int], end: float) -> tuple[Bench, di
     bench.time_without_pdl()
     layers = {}
     for m in batches:
-        for variant in ("cublas", "ours, no PDL", "ours", "best"):
+        for variant in ("cublas", "cublas, no PDL", "ours, no PDL", "ours", "best"):
             try:
                 layers[f"M={m} {variant}"] = bench.layers_us(m, variant)
             except Exception as error:
@@ -490,6 +506,7 @@ def main() -> None:
         bench, layers = run_model(model, args.batches, time.perf_counter() + budget)
         best = {f"{name} M={m}": (us, dataclasses.astuple(t)) for (name, m), (us, t) in bench.best.items()}
         result[model] = {"rows": bench.rows, "layers_us": layers, "best": best}
+        result[model]["interfaces_us"] = bench.interfaces()
         if model == "0.6B":
             result["fixed_us"] = bench.fixed_tiles()
         entries += measured_entries(bench)
@@ -506,6 +523,9 @@ def main() -> None:
     for model, bench, layers in done:
         print(f"\n{model}, us per product with what follows it; tile = fields of GemmConfig")
         report(bench, layers)
+        print("us by cuBLAS, and by cuBLASLt (with a bias of zeros):")
+        for name, line in result[model]["interfaces_us"].items():
+            print(f"{name:8}", {m: f"{plain:.1f} {biased:.1f}" for m, (plain, biased) in line.items()})
     print("\nMEASURED entries:", *entries, sep="\n")
 
 

@@ -8,7 +8,7 @@ as NaN.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -47,6 +47,7 @@ from folovllm.attention.triton_prefill import (  # noqa: E402
     paged_prefill,
 )
 from folovllm.worker.gpu_model_runner import GPUModelRunner  # noqa: E402
+from tests.triton_interpreter import index_scalars  # noqa: E402
 from tests.unit.test_m3_paged_attention import Batch, Problem, make_problem  # noqa: E402
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -67,21 +68,9 @@ if CUDA:
 
 
 @pytest.fixture(autouse=True)
-def interpreter_indexes_scalars(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let the interpreter count loops on NumPy >= 2.4, which no longer turns arrays of one number into integers."""
-    if CUDA:
-        yield
-        return
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_and_index(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_and_index)
-    yield
+def interpreter_indexes_scalars(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not CUDA:
+        index_scalars(monkeypatch.setattr)
 
 
 def on_device(metadata: AttentionMetadata) -> AttentionMetadata:

@@ -6,7 +6,6 @@ Without CUDA the kernels run through Triton's interpreter, with a tiny vocabular
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from folovllm.sample import rng  # noqa: E402
 from folovllm.sample.ops import fused_sampler, triton_sampler  # noqa: E402
 from folovllm.sample.ops.topk_topp import apply_top_k_top_p_pytorch  # noqa: E402
 from folovllm.sampling_params import SamplingParams  # noqa: E402
+from tests.triton_interpreter import index_scalars  # noqa: E402
 from tests.unit.test_m1_sampler import GREEDY, make_metadata  # noqa: E402
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -34,21 +34,9 @@ REPEATS = 20 if CUDA else 1
 
 
 @pytest.fixture(autouse=True)
-def interpreter_indexes_scalars(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let the interpreter count loops on NumPy >= 2.4, which no longer turns arrays of one number into integers."""
-    if CUDA:
-        yield
-        return
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_and_index(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_and_index)
-    yield
+def interpreter_indexes_scalars(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not CUDA:
+        index_scalars(monkeypatch.setattr)
 
 
 def rows(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
