@@ -18,7 +18,7 @@ from typing import Any, NewType, cast
 from folovllm.config import VllmConfig
 from folovllm.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
 from folovllm.request import Request
-from folovllm.utils.common import GiB, cdiv, pack_ints, sha256, sha256_blocks, sha256_packed_blocks
+from folovllm.utils.common import GiB, cdiv, pack_token_ids, sha256, sha256_blocks, sha256_packed_blocks
 
 BlockHash = NewType("BlockHash", bytes)
 """Name of a full block's content, its prefix included."""
@@ -98,10 +98,10 @@ class RecentChains:
         self._chains: dict[bytes, tuple[bytes, list[bytes]]] = {}  # first block -> (packed tokens, digests)
 
     def hash_prompt(self, token_ids: Sequence[int]) -> list[bytes]:
-        """Return what `sha256_blocks(NONE_HASH, token_ids, block_size)` returns; at least one block long."""
+        """Return what `sha256_blocks(NONE_HASH, token_ids, block_size)` returns for checked ids, a block or more."""
         step = 8 * self._block_size
-        packed = pack_ints(token_ids[: len(token_ids) // self._block_size * self._block_size])
-        if packed is None:  # not plain ints
+        packed = pack_token_ids(token_ids[: len(token_ids) // self._block_size * self._block_size])
+        if packed is None:  # not ints of 64 bits
             return sha256_blocks(NONE_HASH, token_ids, self._block_size)
         key = NONE_HASH + packed[:step]
         known_tokens, known = self._chains.pop(key, (b"", []))

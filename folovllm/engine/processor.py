@@ -13,11 +13,13 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from folovllm.config import VllmConfig
 from folovllm.request import EngineCoreRequest
 from folovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from folovllm.structured_output.backend_xgrammar import validate
-from folovllm.utils.common import cdiv
+from folovllm.utils.common import cdiv, pack_token_ids
 
 PromptType: TypeAlias = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or a dict of PROMPT_KEYS; see Processor.process_inputs."""
@@ -220,7 +222,10 @@ class Processor:
     def _check_token_ids(self, name: str, token_ids: Iterable[Any], remedy: str) -> None:
         """Raise unless all are ints in [0, V)."""
         ids = list(token_ids)
-        if not ids or (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < self.vocab_size):
+        if not ids:
+            return
+        packed = pack_token_ids(ids, "I") if set(map(type, ids)) == {int} else None
+        if packed is not None and np.frombuffer(packed, dtype="<u4").max() < self.vocab_size:
             return
         for i, value in enumerate(ids):
             if not isinstance(value, int) or isinstance(value, bool):

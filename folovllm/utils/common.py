@@ -110,6 +110,18 @@ def pack_ints(items: Sequence[Any]) -> bytes | None:
         return None
 
 
+def pack_token_ids(token_ids: Sequence[int], code: str = "q") -> bytes | None:
+    """Return ids as numbers of struct's `code` each, little-endian, or None if one does not fit.
+
+    Faster than what looks at one after the other, and so than NumPy's conversion of a list. For ids that were checked
+    to be ints: True would pass for 1.
+    """
+    try:
+        return struct.pack(f"<{len(token_ids)}{code}", *token_ids)
+    except struct.error:
+        return None
+
+
 def sha256(obj: Any) -> bytes:
     """Return the SHA-256 digest of nested tuples, lists, ints, floats, strings, bytes, bools and None.
 
@@ -143,7 +155,7 @@ def sha256_blocks(parent: bytes, token_ids: Sequence[int], block_size: int) -> l
 
 
 def sha256_packed_blocks(parent: bytes, packed: bytes, block_size: int) -> list[bytes]:
-    """Return `sha256_blocks` of the ids that `pack_ints` packed: whole blocks."""
+    """Return `sha256_blocks` of the ids that `pack_token_ids` packed: whole blocks."""
     sha256_of = hashlib.sha256
     step = 8 * block_size
     middle = struct.pack("<cQc", b"t", block_size, b"*")

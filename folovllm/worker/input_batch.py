@@ -25,7 +25,7 @@ import torch
 from folovllm.sample.logits_processor import BatchRow, LogitsProcessors, build_logitsprocs
 from folovllm.sample.metadata import SamplingMetadata
 from folovllm.sampling_params import MAX_SEED, SamplingParams, SamplingType
-from folovllm.utils.common import cdiv
+from folovllm.utils.common import cdiv, pack_token_ids
 from folovllm.worker.block_table import BlockTable
 
 
@@ -156,7 +156,9 @@ class InputBatch:
         self.req_id_to_index[request.req_id] = index
 
         num_prompt_tokens = len(request.prompt_token_ids)
-        self.token_ids_cpu[index, :num_prompt_tokens] = request.prompt_token_ids
+        packed = pack_token_ids(request.prompt_token_ids, "i")
+        assert packed is not None, "token ids of 32 bits"
+        self.token_ids_cpu[index, :num_prompt_tokens] = np.frombuffer(packed, dtype="<i4")
         self.token_ids_cpu[index, num_prompt_tokens : request.num_tokens] = request.output_token_ids
         self.num_tokens[index] = request.num_tokens
         self.num_prompt_tokens[index] = num_prompt_tokens

@@ -385,7 +385,7 @@ def test_recent_chains_give_the_hashes_of_a_chain_made_anew(prompts: list[tuple[
     for family, shared, rest in prompts:
         tokens = [family * 100 + i for i in range(shared)] + rest + [1] * 4
         assert chains.hash_prompt(tokens) == sha256_blocks(kv_cache_utils.NONE_HASH, tokens, 4)
-    assert chains.hash_prompt([True] * 9) == sha256_blocks(kv_cache_utils.NONE_HASH, [True] * 9, 4)
+    assert chains.hash_prompt([2**70] * 9) == sha256_blocks(kv_cache_utils.NONE_HASH, [2**70] * 9, 4)
 
 
 def test_recent_chains_hash_a_shared_prefix_once(monkeypatch: pytest.MonkeyPatch) -> None:
