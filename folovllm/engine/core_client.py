@@ -272,12 +272,14 @@ def _start_process(module: str, folder: str) -> subprocess.Popen[bytes]:
     """Start `python -m module`, which finds its modules where this process does.
 
     `-m` puts the working directory in front of them, where a file of the user might have the name of a module. So
-    it starts in the empty `folder`, and goes to the right directory when its modules are there.
+    it starts in the empty `folder`, and goes to the right directory when its modules are there. The argument is for the
+    case that this process ends before it has said anything: the sockets' folder is then the child's to remove.
     """
     search_path = os.pathsep.join(os.path.abspath(path) for path in sys.path)
     env = {**os.environ, "PYTHONPATH": search_path}
     optimize = ["-O"] * sys.flags.optimize
-    return subprocess.Popen([sys.executable, *optimize, "-m", module], stdin=subprocess.PIPE, env=env, cwd=folder)
+    command = [sys.executable, *optimize, "-m", module, folder]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, env=env, cwd=folder)
 
 
 def _end_process(process: subprocess.Popen[bytes], context: Any, folder: str) -> None:

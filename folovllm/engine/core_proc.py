@@ -15,9 +15,9 @@ to finish its requests; it sends Shutdown when it is done with them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
-import shutil
 import signal
 import sys
 import threading
@@ -54,6 +54,8 @@ from folovllm.utils.common import init_logger
 
 PARENT_CHECK_SECONDS = 1.0
 """How often the parent's process id is looked at, should something else keep stdin open."""
+REMOVALS = 10
+"""How often the removal of the sockets' folder is tried: each socket can get in its way once."""
 FLUSH_MS = 2000
 """How long the last messages may take to reach the front."""
 
@@ -175,7 +177,12 @@ def main(start_core: Callable[[EngineArgs], tuple[EngineCore, str]] = start_core
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    start = _read_start()
+    try:
+        start = _read_start()
+    except EOFError:
+        for folder in map(Path, sys.argv[1:]):  # the front ended before it said anything
+            remove_socket_folder(folder)
+        raise SystemExit("folovllm.engine.core_proc is started by AsyncLLM; it is no command of its own.") from None
     os.chdir(start.working_dir)
     folder = Path(start.input_address.removeprefix("ipc://")).parent
     threading.Thread(target=_end_with_parent, args=(os.getppid(), folder), name="parent-watch", daemon=True).start()
@@ -216,7 +223,7 @@ def _read_exactly(num_bytes: int) -> bytes:
     while len(data) < num_bytes:
         chunk = os.read(0, num_bytes - len(data))
         if not chunk:
-            raise SystemExit("folovllm.engine.core_proc is started by AsyncLLM; it is no command of its own.")
+            raise EOFError
         data += chunk
     return data
 
@@ -226,8 +233,22 @@ def _end_with_parent(parent_pid: int, folder: Path) -> None:
     while True:
         readable, _, _ = select.select([0], [], [], PARENT_CHECK_SECONDS)
         if (readable and not os.read(0, 1)) or os.getppid() != parent_pid:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_socket_folder(folder)
             os._exit(1)
+
+
+def remove_socket_folder(folder: Path) -> None:
+    """Remove the folder of the sockets `input` and `output`, and nothing that is not theirs.
+
+    Again where one has appeared meanwhile: the main thread may be about to bind its own when the parent ends.
+    """
+    for _ in range(REMOVALS):
+        with contextlib.suppress(OSError):
+            for name in ("input", "output"):
+                (folder / name).unlink(missing_ok=True)
+            folder.rmdir()
+        if not folder.exists():
+            return
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from folovllm.engine import core_client
 from folovllm.engine.arg_utils import EngineArgs
 from folovllm.engine.async_llm import AsyncLLM
 from folovllm.engine.core_client import AsyncMPClient
-from folovllm.engine.core_proc import CoreLoop
+from folovllm.engine.core_proc import CoreLoop, remove_socket_folder
 from folovllm.engine.protocol import EngineDeadError
 from folovllm.engine.serial import AbortRequests, AddRequests, FromCore, Shutdown, StepOutputs, ToCore
 from folovllm.outputs import RequestOutput
@@ -286,6 +286,42 @@ def test_the_process_never_outlives_its_parent(end: str, own_temp_folder: Path) 
     finally:
         parent.kill()
         parent.communicate()
+
+
+def test_a_front_that_ends_before_it_says_anything_leaves_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    folder = core_client._make_socket_folder()
+    (Path(folder) / "output").touch()  # bound before the process is started
+    process = core_client._start_process(core_client.CORE_MODULE, folder)
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(TIMEOUT_S) == 1
+    assert "Traceback" not in capfd.readouterr().err
+    assert not Path(folder).exists()
+
+
+def test_a_socket_that_is_bound_while_the_folder_is_removed_goes_with_it(
+    own_temp_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = own_temp_folder / "folovllm-x"
+    folder.mkdir()
+    (folder / "output").touch()
+    rmdir, late = Path.rmdir, ["input"]
+
+    def bind_then_rmdir(self: Path) -> None:
+        while late:
+            (self / late.pop()).touch()
+        rmdir(self)
+
+    monkeypatch.setattr(Path, "rmdir", bind_then_rmdir)
+    remove_socket_folder(folder)
+    assert not late and not folder.exists()
+
+
+def test_what_is_not_a_socket_stays(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    remove_socket_folder(tmp_path)
+    remove_socket_folder(tmp_path / "not there")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_a_process_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
