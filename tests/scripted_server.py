@@ -1,6 +1,6 @@
 """`folovllm serve` whose model writes a given text: python -m tests.scripted_server serve MODEL FLAGS.
 
-Everything but the model is real. Without arguments this is the server's engine process. The text is in the environment
+Everything but the model is real. Without `serve` this is the server's engine process. The text is in the environment
 variable SCRIPT; it is written with MODEL's tokenizer, token by token, and then the end-of-sequence token.
 """
 
@@ -60,7 +60,7 @@ class ScriptedClient(AsyncMPClient):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if sys.argv[1:2] == ["serve"]:
         from folovllm.engine import async_llm
         from folovllm.entrypoints.cli.main import main
 

@@ -1,6 +1,6 @@
 """The server of server_overhead.py and server_soak.py: `folovllm serve` whose model takes no time, or a given one.
 
-`python -m tests.benchmark.server_worker serve ...` is the server; without arguments it is the server's engine process.
+`python -m tests.benchmark.server_worker serve ...` is the server; without `serve` it is the server's engine process.
 Where TIMES names a file, the engine writes there when each step ended: the n-th number belongs to token 1000 + n.
 """
 
@@ -60,7 +60,7 @@ class FreeClient(AsyncMPClient):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if sys.argv[1:2] == ["serve"]:
         from folovllm.engine import async_llm
         from folovllm.entrypoints.cli.main import main
 
