@@ -81,6 +81,11 @@ class DecodeConfig:
     pdl: bool = False
     """Programmatic dependent launch: the next kernel of the stream may start while this one drains (Hopper)."""
 
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """What configs of the same compiled kernel have in common: whether a context is cut, not how."""
+        return self.block_n, self.num_warps, self.num_stages, self.num_splits > 1, self.table_ahead, self.pdl
+
 
 @dataclass(frozen=True)
 class DecodeWorkspace:

@@ -48,7 +48,7 @@ HOST_BOUND_FLOPS = 5 * 10**12
 COMPILE_THREADS = 12
 """Kernels compiled at a time at the start."""
 SIZES_OF_THEIR_OWN_KERNELS = (1, 2, 16, 24, 64, 128, 256)
-"""Decode sizes that together use every kernel: one for each tile of the products and of attention."""
+"""Decode sizes that together use every tile of the products."""
 PDL_MAX_DECODES = 16
 """In larger batches starting the next kernel early slows attention down (docs/dev/milestone_4.md)."""
 
@@ -111,15 +111,12 @@ class GPUModelRunner(ModelRunner):
         if not issubclass(self.attn_backend, TritonPagedBackend):
             return
         is_packed = any(p.quant_method.packed_weight(p) is not None for p in self._products())
-        own_kernels = {*SIZES_OF_THEIR_OWN_KERNELS, *(ROW_BUCKETS if is_packed else ())}
-        sizes = self.graph_sizes()
         with compile_only(self.device, COMPILE_THREADS):
             with self._scratch_cache(1):
                 for kind in reversed(SAMPLING_KINDS):
                     self.launch_sampling(1, kind)
-                for size in sizes:
-                    if size in own_kernels or size == sizes[-1]:
-                        self.launch_decode(size)
+                for size in self.sizes_to_compile(self.graph_sizes(), is_packed):
+                    self.launch_decode(size)
                 for size in self.prompt_sizes()[-1:]:
                     self.launch_prompt(size)
                 self._launch_mixed_step()
@@ -158,6 +155,23 @@ class GPUModelRunner(ModelRunner):
     def graph_sizes(self) -> list[int]:
         """Return the decode batch sizes to record."""
         return self.vllm_config.compilation_config.graph_sizes(self.max_num_reqs) if self.uses_graphs else []
+
+    def sizes_to_compile(self, sizes: list[int], is_packed: bool) -> list[int]:
+        """Return those of the recorded decode `sizes` that together use every kernel; `is_packed`: GPTQ's, too."""
+        attention = {self._attention_kernel(size): size for size in reversed(sizes)}  # the smallest with each
+        own = {*SIZES_OF_THEIR_OWN_KERNELS, *attention.values(), *sizes[-1:], *(ROW_BUCKETS if is_packed else ())}
+        return [size for size in sizes if size in own]
+
+    def _attention_kernel(self, size: int) -> tuple[int, ...]:
+        """Return what decode steps of `size` and of another size have in common if attention is the same kernel."""
+        impl = next(iter(self._attention_layers().values())).impl
+        assert isinstance(impl, TritonPagedImpl)
+        deterministic, pdl = self.model_config.deterministic, self._decode_starts_early(size)
+        config = impl.decode_config(size, self.max_model_len, deterministic, pdl, self.dtype, self.device)
+        return *config.kernel, self._wants_longest_first(size)
+
+    def _decode_starts_early(self, size: int) -> bool:
+        return size <= PDL_MAX_DECODES and supports_pdl(self.device)
 
     def prompt_sizes(self) -> list[int]:
         """Return the sizes of prompt steps to record, in tokens.
@@ -221,7 +235,7 @@ class GPUModelRunner(ModelRunner):
             seq_lens=inputs.seq_lens[:size],
             block_table=inputs.block_table[:size],
             slot_mapping=inputs.slot_mapping[:size],
-            pdl=size <= PDL_MAX_DECODES and supports_pdl(self.device),
+            pdl=self._decode_starts_early(size),
             order=inputs.order(size) if self._wants_longest_first(size) else None,
         )
         hidden = self.model(inputs.input_ids[:size], inputs.positions[:size], metadata)

@@ -46,7 +46,9 @@ from folovllm.attention.triton_prefill import (  # noqa: E402
     choose_prefill_config,
     paged_prefill,
 )
-from folovllm.worker.gpu_model_runner import GPUModelRunner  # noqa: E402
+from folovllm.config import default_graph_sizes  # noqa: E402
+from folovllm.worker import gpu_model_runner  # noqa: E402
+from folovllm.worker.gpu_model_runner import PDL_MAX_DECODES, GPUModelRunner  # noqa: E402
 from tests.triton_interpreter import index_scalars  # noqa: E402
 from tests.unit.test_m3_paged_attention import Batch, Problem, make_problem  # noqa: E402
 
@@ -395,6 +397,35 @@ def test_the_longest_contexts_come_first_and_padding_last() -> None:
 def test_order_matters_only_where_programs_wait_for_a_place() -> None:
     assert wants_longest_first(256, 8) and wants_longest_first(96, 8)
     assert not wants_longest_first(64, 8) and not wants_longest_first(1, 8)
+
+
+@pytest.mark.parametrize("max_len", [2048, 40960])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4, 8, 16, 32])
+def test_every_decode_kernel_is_compiled_before_steps_are_recorded(
+    num_kv_heads: int, max_len: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that is first met when a step is recorded is compiled there, alone, while the start waits."""
+    monkeypatch.setattr(gpu_model_runner, "supports_pdl", lambda device: True)
+    runner = GPUModelRunner.__new__(GPUModelRunner)
+    impl = TritonPagedImpl(32, 128, 128**-0.5, num_kv_heads)
+    monkeypatch.setattr(runner, "_attention_layers", lambda: {"layer": SimpleNamespace(impl=impl)}, raising=False)
+    runner.__dict__ |= {
+        "model_config": SimpleNamespace(deterministic=False),
+        "max_model_len": max_len,
+        "dtype": torch.bfloat16,
+        "device": torch.device("cpu"),
+        "_num_kv_heads": num_kv_heads,
+    }
+
+    def kernel(size: int) -> tuple[Any, ...]:
+        config = choose_decode_config(size, num_kv_heads, max_len, pdl=size <= PDL_MAX_DECODES)
+        cut = config.num_splits > 1
+        return replace(config, num_splits=0, split_tokens=0), cut, wants_longest_first(size, num_kv_heads)
+
+    sizes = default_graph_sizes(1024)
+    compiled = runner.sizes_to_compile(sizes, is_packed=False)
+    assert {kernel(size) for size in sizes} == {kernel(size) for size in compiled}
+    assert set(compiled) <= set(sizes) and len(compiled) <= 12
 
 
 @pytest.mark.gpu

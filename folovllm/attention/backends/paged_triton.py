@@ -37,7 +37,7 @@ from folovllm.attention.ops import write_kv_cache
 
 if TYPE_CHECKING:
     from folovllm.attention.backends.flash_attn import VarlenBatch
-    from folovllm.attention.triton_decode import DecodeWorkspace
+    from folovllm.attention.triton_decode import DecodeConfig, DecodeWorkspace
     from folovllm.attention.triton_prefill import PrefillConfig
 
 MAX_HEAD_SIZE = 256
@@ -278,15 +278,8 @@ class TritonPagedImpl(AttentionImpl):
         bound = metadata.max_seq_len
         if metadata.deterministic:  # the engine's bound, so that every step cuts a context alike
             bound = metadata.block_table.shape[1] * kv_cache.shape[2]
-        config = self._decode.choose_decode_config(
-            metadata.num_decodes,
-            self.num_kv_heads,
-            bound,
-            deterministic=metadata.deterministic,
-            dtype=query.dtype,
-            head_size=self.head_size,
-            pdl=metadata.pdl,
-            shared_memory_bytes=self._shared_memory(query.device),
+        config = self.decode_config(
+            metadata.num_decodes, bound, metadata.deterministic, metadata.pdl, query.dtype, query.device
         )
         self._decode.paged_decode(
             query if metadata.decode_rows is not None else query[: metadata.num_decodes],
@@ -301,6 +294,27 @@ class TritonPagedImpl(AttentionImpl):
             reqs=metadata.decode_reqs,
             k_scale=self.k_scale,
             v_scale=self.v_scale,
+        )
+
+    def decode_config(
+        self,
+        num_decodes: int,
+        max_seq_len: int,
+        deterministic: bool,
+        pdl: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> DecodeConfig:
+        """Return how our kernel decodes so many requests with contexts of at most `max_seq_len`; see its chooser."""
+        return self._decode.choose_decode_config(
+            num_decodes,
+            self.num_kv_heads,
+            max_seq_len,
+            deterministic=deterministic,
+            dtype=dtype,
+            head_size=self.head_size,
+            pdl=pdl,
+            shared_memory_bytes=self._shared_memory(device),
         )
 
     def _attend_chunks(
