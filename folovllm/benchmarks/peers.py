@@ -148,19 +148,19 @@ def _load_transformers(spec: ChildSpec, device: str) -> tuple[Generate, str, int
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.from_pretrained(spec.model, trust_remote_code=False)
     dtype: Any = spec.engine_args["dtype"]
     if dtype == "auto":
         from folovllm.worker.worker_base import resolve_dtype
 
-        config = AutoConfig.from_pretrained(spec.model)
         dtype = resolve_dtype("auto", {"dtype": str(config.dtype).removeprefix("torch.")}, torch.device(device))[0]
     else:
         dtype = getattr(torch, dtype)
     model: Any
     if spec.engine_args["load_format"] == "dummy":
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(spec.model), dtype=dtype)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    else:  # left to itself it would unpickle what has no safetensors
+        model = AutoModelForCausalLM.from_pretrained(spec.model, config=config, dtype=dtype, use_safetensors=True)
     model = model.to(device).eval()
 
     def generate(workload: Workload) -> list[RequestRecord]:
@@ -227,7 +227,7 @@ def _load_vllm(spec: ChildSpec, device: str) -> tuple[Generate, str, int, int]:
     llm = vllm.LLM(
         spec.model,
         dtype=spec.engine_args["dtype"],
-        load_format=spec.engine_args["load_format"],
+        load_format="dummy" if spec.engine_args["load_format"] == "dummy" else "safetensors",  # "auto" also unpickles
         max_model_len=spec.engine_args["max_model_len"],
         max_num_seqs=spec.engine_args["max_num_seqs"],
         skip_tokenizer_init=True,

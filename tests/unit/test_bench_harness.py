@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from folovllm.benchmarks import checkpoints, metrics, peers, workload
 from folovllm.benchmarks import ladder as ladder_module
@@ -40,6 +41,7 @@ from folovllm.benchmarks.workload import Workload
 from folovllm.engine.arg_utils import EngineArgs
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.entrypoints.cli.main import main
+from tests.tiny_models import save_tiny_model
 
 VOCAB_SIZE = 500
 CONFIG = {
@@ -538,6 +540,17 @@ def test_transformers_leaves_the_same_records(model: str, tmp_path: Path) -> Non
     assert figures["output_tok_s"] > 0 and "kv_use" not in figures
     write_record(tmp_path / "again.json.gz", record)
     assert read_record(tmp_path / "again.json.gz") == record
+
+
+def test_transformers_reads_no_pickle(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path, "qwen3")
+    weights = tmp_path / "model.safetensors"
+    torch.save(load_file(weights), tmp_path / "pytorch_model.bin")
+    weights.unlink()
+    args = {"load_format": "auto", "dtype": "float32", "device": "cpu", "max_model_len": 64, "max_num_seqs": 8}
+    spec = ChildSpec("transformers", 0, "transformers", str(tmp_path), args, {}, SIZES, ["mixed"])
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        peers.run_peer(spec)
 
 
 def test_llama_cpp_is_driven_token_by_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
