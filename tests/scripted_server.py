@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from folovllm.engine.arg_utils import EngineArgs
@@ -59,13 +60,20 @@ class ScriptedClient(AsyncMPClient):
         super().__init__(engine_args, module="tests.scripted_server")
 
 
-if __name__ == "__main__":
+def run_as_server_or_core(
+    client_cls: type[AsyncMPClient], start_core: Callable[[EngineArgs], tuple[EngineCore, str]]
+) -> None:
+    """Be `folovllm serve` with `client_cls` if the command line begins with `serve`, else its engine process."""
     if sys.argv[1:2] == ["serve"]:
         from folovllm.engine import async_llm
         from folovllm.entrypoints.cli.main import main
 
-        async_llm.AsyncMPClient = ScriptedClient  # type: ignore[misc]
+        async_llm.AsyncMPClient = client_cls  # type: ignore[misc]
         sys.exit(main())
     from folovllm.engine.core_proc import main as core_main
 
     core_main(start_core)
+
+
+if __name__ == "__main__":
+    run_as_server_or_core(ScriptedClient, start_core)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-import sys
 import time
 from typing import Any
 
@@ -18,6 +17,7 @@ from folovllm.engine.core import EngineCore
 from folovllm.engine.core_client import AsyncMPClient
 from folovllm.outputs import ModelRunnerOutput
 from tests.benchmark.async_engine_worker import STEP_MS, FreeExecutor
+from tests.scripted_server import run_as_server_or_core
 
 TIMES = "SERVER_WORKER_TIMES"
 """Environment variable: a file of MAX_STEPS doubles."""
@@ -60,12 +60,4 @@ class FreeClient(AsyncMPClient):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["serve"]:
-        from folovllm.engine import async_llm
-        from folovllm.entrypoints.cli.main import main
-
-        async_llm.AsyncMPClient = FreeClient  # type: ignore[misc]
-        sys.exit(main())
-    from folovllm.engine.core_proc import main as core_main
-
-    core_main(start_core)
+    run_as_server_or_core(FreeClient, start_core)
