@@ -102,12 +102,7 @@ def _encode(obj: Any, out: bytearray) -> None:
 
 def pack_ints(items: Sequence[Any]) -> bytes | None:
     """Return `items` as 8 bytes each if they are all ints (not bools) of 64 bits, else None."""
-    if set(map(type, items)) != {int}:
-        return None
-    try:
-        return struct.pack(f"<{len(items)}q", *items)
-    except struct.error:
-        return None
+    return pack_token_ids(items) if set(map(type, items)) == {int} else None
 
 
 def pack_token_ids(token_ids: Sequence[int], code: str = "q") -> bytes | None:
